@@ -1,0 +1,160 @@
+"""Tensors of a checkpoint as views of read-only file maps.
+
+From:  the shards of a Checkpoint, mapped when the first tensor of each is asked for.
+To:    whoever computes: tensors or panels of their rows, without a copy.
+Peak:  no anonymous memory (a copy only of tensors that lie unaligned); pages of the file count as
+       RssFile and leave it with `drop` or `close`.
+
+The tensors cannot be written to: an in-place operation on one ends the process with SIGSEGV.
+Maps are shared and read-only because a private writable map of a file larger than memory is
+refused by the kernel, and an accidental write to one silently becomes anonymous memory.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esm_stream.checkpoints.checkpoint import Checkpoint
+from esm_stream.checkpoints.header import Header, TensorInfo
+from esm_stream.errors import InputError
+
+COMPARE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """A mapped file and its bytes as a tensor, which alone keeps the map alive."""
+
+    pages: mmap.mmap
+    contents: Tensor  # uint8, the whole file
+
+
+class TensorReader:
+    """Reads tensors of one checkpoint; one reader per thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes_read = 0
+        self._maps: dict[Path, _Map] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, read-only; it stays valid after the reader is closed."""
+        info = self.checkpoint.tensors[name]
+        return self._view(info, info.start, info.end, info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 along the first dimension; a scalar is one row, of shape (1,)."""
+        info = self.checkpoint.tensors[name]
+        if not 0 <= start <= stop <= info.num_rows:
+            raise ValueError(f"{name}: rows {start}..{stop} are outside 0..{info.num_rows}")
+        first_byte = info.start + start * info.row_nbytes
+        last_byte = info.start + stop * info.row_nbytes
+        return self._view(info, first_byte, last_byte, (stop - start, *info.shape[1:]))
+
+    def raw_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Bytes start..stop-1 of the tensor as uint8, whatever its dtype."""
+        info = self.checkpoint.tensors[name]
+        stop = info.nbytes if stop is None else stop
+        if not 0 <= start <= stop <= info.nbytes:
+            raise ValueError(f"{name}: bytes {start}..{stop} are outside 0..{info.nbytes}")
+        return self._bytes(name, info.start + start, info.start + stop)
+
+    def drop(self) -> None:
+        """Let the pages read so far leave this process; tensors stay valid and fault them in."""
+        for mapped in self._maps.values():
+            mapped.pages.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Drop pages and maps; a map lives on while a tensor of it does."""
+        self.drop()
+        self._maps.clear()
+
+    def _bytes(self, name: str, start: int, stop: int) -> Tensor:
+        self.bytes_read += stop - start
+        return self._map_of(self.checkpoint.file_of(name)).contents[start:stop]
+
+    def _view(self, info: TensorInfo, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+        if info.kind.torch_name is None:
+            raise ValueError(f"{info.name}: {info.dtype} is copied, not computed with: raw_bytes")
+        dtype: torch.dtype = getattr(torch, info.kind.torch_name)
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=dtype)
+        contents = self._bytes(info.name, start, stop)
+        # Old files may have headers of any length; torch needs elements at multiples of their size.
+        if start % dtype.itemsize:
+            contents = contents.clone()
+        return contents.view(dtype).view(shape)
+
+    def _map_of(self, header: Header) -> _Map:
+        mapped = self._maps.get(header.path)
+        if mapped is None:
+            mapped = self._maps[header.path] = _map_file(header)
+        return mapped
+
+
+def equal_bytes(a: TensorReader, b: TensorReader, name: str) -> bool:
+    """Whether both checkpoints hold the same dtype, shape and bytes under a name.
+
+    Peak: no memory of its own; at most 32 MiB of either file's pages are resident at a time.
+    """
+    one, other = a.checkpoint.tensors[name], b.checkpoint.tensors[name]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, COMPARE_BYTES):
+        stop = min(start + COMPARE_BYTES, one.nbytes)
+        if not torch.equal(a.raw_bytes(name, start, stop), b.raw_bytes(name, start, stop)):
+            return False
+        a.drop()
+        b.drop()
+    return True
+
+
+def _map_file(header: Header) -> _Map:
+    try:
+        with header.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (header.file_size, header.mtime_ns):
+                raise InputError(
+                    [
+                        f"{header.path}: changed since its header was read (size "
+                        f"{header.file_size} -> {status.st_size} bytes, mtime {header.mtime_ns} -> "
+                        f"{status.st_mtime_ns} ns). Let nothing write to it and start again."
+                    ]
+                )
+            pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise InputError(
+            [f"{header.path}: cannot be mapped ({error.strerror}). Check that it is readable."]
+        ) from error
+    return _Map(pages, _as_tensor(pages))
+
+
+def _as_tensor(pages: mmap.mmap) -> Tensor:
+    """A uint8 tensor over the map, which it keeps alive.
+
+    torch takes read-only buffers only with a warning, so it gets a ctypes array at the address.
+    """
+    view = np.frombuffer(pages, dtype=np.uint8)
+    array = (ctypes.c_uint8 * len(pages)).from_address(view.ctypes.data)
+    array.owner = view  # type: ignore[attr-defined]
+    return torch.frombuffer(array, dtype=torch.uint8)

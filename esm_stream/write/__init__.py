@@ -1,0 +1,1 @@
+"""Writing models: output shards with every tensor at a place known before the merge starts."""
