@@ -1,0 +1,111 @@
+"""Sizes as people write them, and what the tasks of each stage need in memory.
+
+The projections are upper bounds of anonymous memory above the import base, in bytes. They are used
+by the plan (a task over the budget is refused before the first one starts) and by the scheduler
+(a task starts when its bytes are free). tests/integration/test_memory.py holds them to it.
+
+Letters: T experts, O output features, I input features, K rank of one expert.
+"""
+
+import re
+from typing import Final
+
+from esm_stream.errors import ManifestError
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+UNITS: Final = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1 << 40,
+}
+F32: Final = 4
+F64: Final = 8
+# Interpreter-side buffers of a task: Zarr chunks being encoded, JSON, allocator slack.
+TASK_OVERHEAD: Final = 32 * MIB
+PANEL_BYTES: Final = 16 * MIB
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "8GiB", "500 MB" or 1048576.
+
+    Raises:
+        ManifestError: The text is not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = UNITS.get((match[2] or "B").upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise ManifestError(f"'{text}' is not a size; write for example \"8GiB\" or \"500MB\"")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A size for people: 3 significant digits in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1000 or unit == "GiB":
+            break
+        size /= 1024
+    if abs(size) >= 1000 and unit == "GiB":
+        size, unit = size / 1024, "TiB"
+    if unit == "B":
+        return f"{size:.0f} B"
+    return f"{size:.{max(0, 2 - len(str(int(abs(size)))) + 1)}f} {unit}"
+
+
+def format_flops(flops: float) -> str:
+    """A number of floating-point operations for people."""
+    for unit in ("", "k", "M", "G", "T"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:,.4g} PFLOP"
+
+
+def eigh_bytes(side: int) -> int:
+    """Peak of a symmetric eigenproblem: matrix, vectors and the divide-and-conquer workspace."""
+    return 5 * side * side * F64
+
+
+def eigh_flops(side: int) -> float:
+    """Operations of a full symmetric eigendecomposition (reduction, divide and conquer, vectors)."""
+    return 9.0 * side**3
+
+
+def moment_bytes(kind: str, outputs: int, inputs: int) -> int:
+    """One running second moment, float64, with one float32 product in flight."""
+    side = inputs if kind == "input" else outputs
+    return side * side * (F64 + F32)
+
+
+def basis_bytes(outputs: int, inputs: int) -> int:
+    """Peak of one expert's basis and coordinates, moment excluded: float64 update and products."""
+    side = min(outputs, inputs)
+    return 4 * outputs * inputs * F64 + eigh_bytes(side)
+
+
+def basis_flops(outputs: int, inputs: int, rank: int) -> float:
+    """Operations of one expert's basis and coordinates by the smaller side (methods.md 1.5)."""
+    side = min(outputs, inputs)
+    products = 2.0 * outputs * inputs * side + 2.0 * inputs * inputs * side
+    return products + eigh_flops(side) + 4.0 * outputs * inputs * rank
+
+
+def combine_bytes(outputs: int, inputs: int, columns: int) -> int:
+    """Peak of combining all experts' factors (`columns` = their ranks' sum): stacks and roots."""
+    stacks = (2 * outputs * columns + 2 * columns * inputs) * F64
+    return stacks + eigh_bytes(min(outputs, columns)) + 2 * outputs * inputs * F64
+
+
+def combine_flops(outputs: int, inputs: int, columns: int) -> float:
+    """Operations of both polar factors and their product."""
+    left, right = min(outputs, columns), min(inputs, columns)
+    polar = 4.0 * outputs * columns * left + eigh_flops(left)
+    return polar + 4.0 * inputs * columns * right + eigh_flops(right) + 2.0 * outputs * columns * inputs

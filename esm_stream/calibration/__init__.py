@@ -1,0 +1,10 @@
+"""Forward passes of the experts on their proxies, block by block, and what hooks see in them.
+
+proxies.py   samples of a task -> model inputs, in micro-batches
+skeleton.py  a model without weights; its blocks; which checkpoint tensor is which parameter
+chain.py     may the blocks run one after the other, each from its predecessor's output alone?
+arguments.py what the skeleton hands to each block, and hidden states, as files
+hooks.py     which modules are observed, registered and removed in one place
+moments.py   running second moments of what hooks see
+blocks.py    one block of one expert on all its micro-batches
+"""
