@@ -1,0 +1,120 @@
+"""`esm-stream merge`: run a manifest, or what is left of it."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from esm_stream_cli.failing import clear_errors
+from esm_stream_cli.overrides import (
+    Device,
+    ManifestPath,
+    Memory,
+    Parallel,
+    Work,
+    read_manifest,
+    require_device,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from esm_stream.engine import Outcome
+    from esm_stream.manifest import Manifest
+
+
+def merge(
+    manifest: ManifestPath,
+    memory: Memory = None,
+    device: Device = None,
+    work: Work = None,
+    parallel: Parallel = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a scheduler file."
+        ),
+    ] = "local",
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Accept options other than the work directory was made with; what they do not "
+            "touch is kept.",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print events as JSON lines on standard output.")
+    ] = False,
+) -> None:
+    """Merge the experts of a manifest into one model.
+
+    Killed or stopped at any moment, the same command goes on from there and ends in the same bytes.
+    """
+    with clear_errors():
+        loaded = read_manifest(manifest, memory, device, work, parallel)
+        require_device(loaded.run.device)
+        outcome = run(loaded, scheduler=scheduler, restart=restart, quiet=quiet, as_json=as_json)
+        if not quiet and not as_json:
+            typer.echo(
+                f"{outcome.output}: complete ({outcome.tasks_run} tasks run, "
+                f"{outcome.tasks_reused} reused); figures in report.json"
+            )
+
+
+def run(
+    loaded: "Manifest",
+    *,
+    scheduler: str = "local",
+    restart: bool = False,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> "Outcome":
+    """Plan and run a loaded manifest, shown on the terminal."""
+    from esm_stream import engine
+    from esm_stream.planning.make import make_plan
+    from esm_stream_cli.progress import shown
+
+    made = make_plan(loaded)
+    todo = engine.remaining(made)
+    with stop_on_signals(), shown(made, todo, quiet=quiet, as_json=as_json) as listener:
+        return engine.merge(
+            made,
+            scheduler=scheduler,
+            parallel=loaded.run.parallel,
+            restart=restart,
+            listener=listener,
+        )
+
+
+@contextmanager
+def stop_on_signals() -> Generator[None]:
+    """First Ctrl-C or SIGTERM: finish what is being written and exit 130; second: stop hard."""
+    from esm_stream import stopping
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
+        if stopping.requested():
+            os._exit(130)
+        stopping.request()
+        command = shlex.join(["esm-stream", *sys.argv[1:]])
+        typer.echo(f"\nstopping; nothing finished is lost. To go on: {command}", err=True)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def merge_quietly(path: "Path") -> "Path":
+    """Merge a manifest without any output; used by the demo."""
+    loaded = read_manifest(path)
+    return run(loaded, quiet=True).output

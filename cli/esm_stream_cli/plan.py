@@ -1,0 +1,122 @@
+"""`esm-stream plan`: what a merge will do and cost, without reading a tensor."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from esm_stream_cli.failing import clear_errors
+from esm_stream_cli.overrides import Device, ManifestPath, Memory, Work, read_manifest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from esm_stream.planning.plan import Matrix, Plan
+
+
+def plan(
+    manifest: ManifestPath,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole plan, with every task, as JSON.")
+    ] = False,
+    memory: Memory = None,
+    device: Device = None,
+    work: Work = None,
+) -> None:
+    """Show what a merge will do and cost: matrices, methods, memory, disk, bytes, operations.
+
+    Reads headers and configurations only.
+    """
+    with clear_errors():
+        from esm_stream.planning.make import make_plan
+        from esm_stream.planning.tasks import check_budget
+
+        made = make_plan(read_manifest(manifest, memory, device, work), check_memory=False)
+        if as_json:
+            typer.echo(made.dump().decode())
+        else:
+            from rich.console import Console
+
+            show(made, Console(soft_wrap=True))
+        check_budget(made.tasks, made.memory)
+
+
+def show(made: "Plan", console: "Console") -> None:
+    """Print a plan for people."""
+    from esm_stream.budget import format_flops, format_size
+
+    merge = made.manifest["merge"]
+    console.print(
+        f"[bold]{merge['method']}[/] of {len(made.experts)} experts "
+        f"({', '.join(made.experts)}) -> {made.output}"
+    )
+    if made.chain is not None:
+        console.print(
+            f"forward: chain, {made.chain.num_blocks} blocks of '{made.chain.prefix}' in "
+            f"{made.chain.dtype}, {made.manifest['calibration']['samples']} samples of up to "
+            f"{made.chain.tokens_per_sample} tokens per expert"
+        )
+    if made.matrices:
+        console.print(_roles(made))
+    console.print(_others(made))
+    stages = {stage: made.of_stage(stage) for stage in ("forward", "merge", "write")}
+    tasks = ", ".join(f"{len(found)} {stage}" for stage, found in stages.items() if found)
+    largest = max(made.tasks.values(), key=lambda task: task.peak_bytes)
+    console.print(
+        f"tasks         {len(made.tasks)} ({tasks}, ...)\n"
+        f"read          {format_size(made.read_bytes)} of tensors\n"
+        f"write         {format_size(made.output_bytes)} in {made.output}\n"
+        f"work          up to {format_size(made.work_bytes)} in {made.work}\n"
+        f"peak memory   {format_size(made.peak_bytes)} (task '{largest.key}'), "
+        f"budget {format_size(made.memory)}\n"
+        f"operations    {format_flops(made.flops)}",
+        highlight=False,
+    )
+    for note in made.notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False)
+
+
+def _roles(made: "Plan") -> "Table":
+    from rich.table import Table
+
+    from esm_stream.budget import format_size
+
+    groups: dict[tuple[object, ...], list[Matrix]] = {}
+    for m in made.matrices.values():
+        groups.setdefault((m.group, m.method.name, m.alpha), []).append(m)
+    table = Table(title="matrices merged from factors", title_justify="left", expand=False)
+    for title in ("role", "matrices", "shape", "method", "rank", "moment", "alpha", "memory"):
+        table.add_column(title, justify="left" if title in ("role", "method") else "right")
+    for (_, method, alpha), found in groups.items():
+        first = found[0]
+        keys = [f"merge/{m.name}" for m in found]
+        peak = max(made.tasks[key].peak_bytes for key in keys)
+        table.add_row(
+            first.role,
+            str(len(found)),
+            f"{first.outputs} x {first.inputs}",
+            str(method),
+            str(first.rank),
+            first.moment or "-",
+            f"{alpha:g}",
+            format_size(peak),
+        )
+    return table
+
+
+def _others(made: "Plan") -> "Table":
+    from rich.table import Table
+
+    counts: dict[tuple[str, str, str], int] = {}
+    for t in made.tensors.values():
+        if t.treatment == "factors":
+            continue
+        method = t.method.name if t.method else "base"
+        key = (method, t.why, "-" if t.treatment == "copy" else f"{t.alpha:g}")
+        counts[key] = counts.get(key, 0) + 1
+    table = Table(title="all other tensors", title_justify="left", expand=False)
+    for title in ("method", "why", "alpha", "tensors"):
+        table.add_column(title, justify="right" if title in ("tensors", "alpha") else "left")
+    for (method, why, alpha), count in counts.items():
+        table.add_row(method, why, alpha, str(count))
+    return table

@@ -1,0 +1,118 @@
+"""How a run is shown: bars per stage on a terminal, plain lines elsewhere, JSON events, or nothing."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from esm_stream.events import Event, Listener
+
+if TYPE_CHECKING:
+    from esm_stream.planning.plan import Plan
+
+LINE_SECONDS = 10.0
+NAMES = {
+    "inputs": "calibration inputs",
+    "stem": "embeddings",
+    "forward": "forward and bases",
+    "merge": "merge matrices",
+    "scale": "layer scales",
+    "write": "write tensors",
+    "seal": "seal shards",
+    "finish": "finish",
+}
+
+
+@contextmanager
+def shown(plan: "Plan", todo: set[str], *, quiet: bool, as_json: bool) -> Iterator[Listener]:
+    """A listener that shows events in the way that fits; closed on every way out."""
+    if as_json:
+        yield lambda event: typer.echo(event.as_json())
+    elif quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        with _bars(plan, todo) as listener:
+            yield listener
+    else:
+        yield _lines(plan, todo)
+
+
+@contextmanager
+def _bars(plan: "Plan", todo: set[str]) -> Iterator[Listener]:
+    """One bar per stage, advancing by the bytes its tasks read and write."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[tasks]} tasks"),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars = {}
+        for stage, name in NAMES.items():
+            tasks = [t for t in plan.tasks.values() if t.stage == stage]
+            if not tasks:
+                continue
+            done = [t for t in tasks if t.key not in todo]
+            bars[stage] = progress.add_task(
+                name,
+                total=sum(map(_weight, (t.key for t in tasks), [plan] * len(tasks))),
+                completed=sum(_weight(t.key, plan) for t in done),
+                done=len(done),
+                tasks=len(tasks),
+            )
+
+        def listen(event: Event) -> None:
+            if event.kind == "task_finished":
+                bar = bars[event.stage]
+                count = progress.tasks[bar].fields["done"] + 1
+                progress.update(bar, advance=_weight(event.task, plan), done=count)
+
+        yield listen
+
+
+def _weight(key: str, plan: "Plan") -> int:
+    """Bytes that a task moves; at least one, so that every task counts."""
+    task = plan.tasks[key]
+    return max(1, task.read_bytes + task.write_bytes)
+
+
+def _lines(plan: "Plan", todo: set[str]) -> Listener:
+    """A line at the start, every few seconds, and when a stage is done."""
+    from esm_stream.budget import format_size
+
+    left = {stage: sum(plan.tasks[k].stage == stage for k in todo) for stage in NAMES}
+    counts = {"tasks": 0, "bytes": 0}
+    clock = {"last": time.monotonic()}
+
+    def listen(event: Event) -> None:
+        if event.kind == "run_started":
+            reused = event.data["reused"]
+            typer.echo(f"{len(todo)} tasks to run, {reused} reused from {plan.work}", err=True)
+        if event.kind != "task_finished":
+            return
+        counts["tasks"] += 1
+        counts["bytes"] += event.read_bytes + event.write_bytes
+        left[event.stage] -= 1
+        now = time.monotonic()
+        if left[event.stage] == 0 or now - clock["last"] > LINE_SECONDS:
+            clock["last"] = now
+            what = f"{NAMES[event.stage]} done" if left[event.stage] == 0 else event.task
+            typer.echo(
+                f"{counts['tasks']}/{len(todo)} tasks, {format_size(counts['bytes'])} moved: {what}",
+                err=True,
+            )
+
+    return listen

@@ -1,0 +1,81 @@
+"""From a manifest to a plan: open the inputs, decide every tensor's treatment, build the tasks."""
+
+from esm_stream.manifest import Manifest
+from esm_stream.planning.opening import Opened, open_inputs
+from esm_stream.planning.plan import SCHEMA, ChainPlan, Plan, version
+from esm_stream.planning.tasks import TaskBuilder, check_budget
+from esm_stream.planning.treatments import Treatments
+from esm_stream.write.shards import plan_shards
+
+
+def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
+    """Plan a merge from headers alone.
+
+    Args:
+        manifest: A manifest with absolute paths.
+        check_memory: Refuse a plan with a task over the budget.
+
+    Raises:
+        ManifestError, InputError, UnsupportedModelError, BudgetError: See opening.py and tasks.py.
+    """
+    opened = open_inputs(manifest)
+    treatments = Treatments(opened)
+    needed = any(matrix.moment for matrix in treatments.matrices.values())
+    chain = _chain_plan(opened) if needed else None
+    layouts = plan_shards(opened.base, manifest.output.dtype, manifest.output.shard_size)
+    tasks = TaskBuilder(opened, treatments, chain, layouts).build()
+    if check_memory:
+        check_budget(tasks, manifest.run.memory)
+    return Plan(
+        version=version(),
+        schema=SCHEMA,
+        source=str(manifest.source or ""),
+        manifest=manifest.model_dump(mode="json"),
+        base=opened.base.root,
+        experts={name: checkpoint.root for name, checkpoint in opened.experts.items()},
+        work=manifest.work,
+        output=manifest.output.path,
+        output_dtype=manifest.output.dtype,
+        shard_size=manifest.output.shard_size,
+        memory=manifest.run.memory,
+        chain=chain,
+        matrices=treatments.matrices,
+        tensors=treatments.tensors,
+        tasks=tasks,
+        notes=(*opened.notes, *_silent_notes(opened)),
+    )
+
+
+def _chain_plan(opened: Opened) -> ChainPlan:
+    assert opened.chain is not None
+    return ChainPlan(
+        prefix=opened.chain.prefix,
+        num_blocks=opened.chain.num_blocks,
+        wrap=opened.chain.wrap,
+        width=opened.chain.width,
+        tokens_per_sample=_tokens_per_sample(opened),
+        dtype=opened.dtype,
+    )
+
+
+def _tokens_per_sample(opened: Opened) -> int:
+    """Tokens of one sample: exact for ready-made inputs and images, an upper bound for texts."""
+    from esm_stream.calibration.proxies import kind_of_source
+
+    assert opened.chain is not None
+    manifest = opened.manifest
+    kinds = {
+        kind_of_source(source)
+        for expert in manifest.experts
+        if (source := manifest.calibration_of(expert)) is not None
+    }
+    if "text" in kinds:
+        return max(manifest.calibration.max_length, opened.chain.tokens)
+    return opened.chain.tokens
+
+
+def _silent_notes(opened: Opened) -> list[str]:
+    if opened.chain is None or not opened.chain.silent:
+        return []
+    names = ", ".join(opened.chain.silent[:8])
+    return [f"no hook sees the inputs of: {names}; they are merged as other matrices"]

@@ -1,0 +1,214 @@
+"""Open everything a manifest names and hold it against each other, before any work.
+
+From:  manifest.py.
+To:    treatments.py and tasks.py; later the stages, which open the same checkpoints again.
+Cost:  headers, config files and the model on the meta device; no tensor is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
+from esm_stream.checkpoints.names import matcher
+from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
+from esm_stream.manifest import Manifest
+from esm_stream.methods import create, options_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from esm_stream.calibration.chain import Chain
+    from esm_stream.calibration.skeleton import Skeleton
+    from esm_stream.methods.contract import ElementwiseMethod, FactorMethod
+
+Modality = Literal["vision", "language"]
+COMPUTE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+VOLATILE_CONFIG = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Everything a plan is made from."""
+
+    manifest: Manifest
+    base: Checkpoint
+    experts: dict[str, Checkpoint]
+    modality: Modality
+    skeleton: "Skeleton | None"
+    chain: "Chain | None"
+    dtype: str
+    notes: tuple[str, ...]
+
+
+def open_inputs(manifest: Manifest) -> Opened:
+    """Open base and experts, compare them, and find out how the forward can be streamed.
+
+    Raises:
+        InputError: All mistakes of all inputs, one per line.
+        ManifestError: Unknown method or option.
+        UnsupportedModelError: A method needs activations and the forward cannot be streamed.
+    """
+    _check_methods(manifest)
+    base, experts = _open_checkpoints(manifest)
+    dtype = compute_dtype(manifest, base)
+    needs_data = _needs_data(manifest)
+    notes = list(_config_notes(base, experts))
+    problems = _calibration_problems(manifest) if needs_data else []
+    if problems:
+        raise InputError(problems)
+    if not needs_data:
+        return Opened(manifest, base, experts, _modality_of(base), None, None, dtype, tuple(notes))
+
+    from esm_stream.calibration.chain import plan_chain
+    from esm_stream.calibration.skeleton import build_skeleton
+
+    skeleton = build_skeleton(base.root, tuple(base.tensors), torch_dtype(dtype))
+    try:
+        chain = plan_chain(skeleton, _dummy_sample(manifest))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{base.root}: {error}. Methods that need no activations still work: "
+            'method = "tsv_m" or "average", or for esm the option decomposition = "svd".'
+        ) from error
+    modality: Modality = "vision" if skeleton.modality() == "vision" else "language"
+    return Opened(manifest, base, experts, modality, skeleton, chain, dtype, tuple(notes))
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a name such as "bfloat16"."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def compute_dtype(manifest: Manifest, base: Checkpoint) -> str:
+    """Arithmetic of the forward: as the manifest says, or the dtype most of the base is stored in."""
+    if manifest.calibration.dtype != "base":
+        return manifest.calibration.dtype
+    sizes: dict[str, int] = {}
+    for info in base.tensors.values():
+        if info.kind.is_float:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
+    return COMPUTE_DTYPES[max(sizes, key=sizes.__getitem__)] if sizes else "float32"
+
+
+def _check_methods(manifest: Manifest) -> None:
+    """Refuse unknown methods and options of the merge and of every rule."""
+    lines = []
+    chosen = [("merge", manifest.merge.method, manifest.merge.options)]
+    chosen += [
+        (f"merge.rules[{i}]", rule.method, rule.options)
+        for i, rule in enumerate(manifest.merge.rules)
+        if rule.method not in (None, "base")
+    ]
+    for place, name, options in chosen:
+        try:
+            create(str(name), options, "language")
+        except ManifestError as error:
+            lines += [f"{place}: {line}" for line in str(error).splitlines()]
+    for i, rule in enumerate(manifest.merge.rules):
+        if rule.options and rule.method in (None, "base"):
+            lines.append(f"merge.rules[{i}]: options need a method of the same rule")
+        if rule.method is None and rule.alpha is None:
+            lines.append(f"merge.rules[{i}]: gives neither a method nor an alpha")
+    if lines:
+        raise ManifestError("\n".join(lines))
+
+
+def _needs_data(manifest: Manifest) -> bool:
+    """Whether any method of the manifest looks at activations."""
+    chosen = [(manifest.merge.method, manifest.merge.options)]
+    chosen += [(r.method, r.options) for r in manifest.merge.rules if r.method not in (None, "base")]
+    methods: list[ElementwiseMethod | FactorMethod] = [
+        create(str(name), options, "language") for name, options in chosen
+    ]
+    return any(getattr(method, "uses_moments", False) for method in methods)
+
+
+@lru_cache(maxsize=64)
+def opened(root: Path) -> Checkpoint:
+    """A checkpoint by directory; headers are read once per process."""
+    return open_checkpoint(root)
+
+
+def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    problems: list[str] = []
+    found: dict[str, Checkpoint] = {}
+    named = [("", manifest.base.model), *((e.name, e.model) for e in manifest.experts)]
+    for name, root in named:
+        try:
+            found[name] = open_checkpoint(root)
+        except InputError as error:
+            problems += error.problems
+    base = found.pop("", None)
+    if base is not None:
+        problems += compare(base, found, matcher(manifest.base.skip))
+    if problems or base is None:
+        raise InputError(problems)
+    return base, found
+
+
+def _calibration_problems(manifest: Manifest) -> list[str]:
+    """Calibration data that are not named or not there."""
+    from esm_stream.calibration.proxies import kind_of_source
+
+    problems = []
+    for expert in manifest.experts:
+        source = manifest.calibration_of(expert)
+        if source is None:
+            problems.append(
+                f'expert "{expert.name}" has no calibration data; give it `calibration`, or set '
+                "[calibration] data for all experts (any text or images of the right kind will do)"
+            )
+            continue
+        try:
+            kind_of_source(source)
+        except InputError as error:
+            problems += error.problems
+    return list(dict.fromkeys(problems))
+
+
+def _config_notes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
+    """Differences between an expert's configuration and the base's, as notes."""
+    notes = []
+    for name, expert in experts.items():
+        if not expert.config:
+            continue
+        keys = {*base.config, *expert.config} - VOLATILE_CONFIG
+        other = sorted(k for k in keys if base.config.get(k) != expert.config.get(k))
+        if other:
+            notes.append(
+                f'config.json of expert "{name}" differs from the base\'s in: {", ".join(other)}; its '
+                "forward uses its own, the merged model gets the base's"
+            )
+    return notes
+
+
+def _modality_of(base: Checkpoint) -> Modality:
+    """Modality without building the model: vision models have an image size or patches."""
+    return "vision" if {"image_size", "patch_size"} & set(base.config) else "language"
+
+
+def _dummy_sample(manifest: Manifest) -> "dict[str, torch.Tensor] | None":
+    """One sample in the shapes of the first expert's ready-made inputs, or None for other sources."""
+    import torch
+
+    from esm_stream.calibration.proxies import kind_of_source
+    from esm_stream.checkpoints.header import read_header
+
+    source = manifest.calibration_of(manifest.experts[0])
+    if source is None or kind_of_source(source) != "inputs":
+        return None
+    sample = {}
+    for name, info in read_header(source).tensors.items():
+        if info.kind.torch_name is None:
+            raise InputError([f"{source}: tensor '{name}' has a dtype that no model takes"])
+        shape = (1, *info.shape[1:])
+        sample[name] = torch.ones(shape, dtype=torch_dtype(info.kind.torch_name))
+    return sample

@@ -1,0 +1,278 @@
+"""The plan: every matrix, tensor and task of a merge, from the manifest and headers alone.
+
+From:  manifest.py; headers of base and experts; the model on the meta device. No tensor is read.
+To:    `esm-stream plan` prints it; schedule.py runs it; stages/ look up in it what a task is about.
+
+A task's fingerprint covers what decides its result: schema, options of its own stage, identities of
+the tensors it reads, and the fingerprints of the tasks it depends on. Device, threads and scheduler
+are not part of it. A task that finds its marker with the same fingerprint is skipped.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import TypeAdapter
+
+from esm_stream import __version__
+from esm_stream.store.work import SCHEMA, WorkDirectory
+
+Treatment = Literal["copy", "elementwise", "factors"]
+Stage = Literal["inputs", "stem", "forward", "merge", "scale", "write", "seal", "finish"]
+STAGES: Final[tuple[Stage, ...]] = (
+    "inputs",
+    "stem",
+    "forward",
+    "merge",
+    "scale",
+    "write",
+    "seal",
+    "finish",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodChoice:
+    """A method with its options, as `methods.create` takes them."""
+
+    name: str
+    options: dict[str, Any]
+    modality: Literal["vision", "language"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored tensor that is (a range of the output rows of) a merged matrix."""
+
+    tensor: str
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix merged from factors: O outputs x I inputs, made of one or more stored tensors.
+
+    `transposed`: stored as (I, O). `moment` and `leader`: which second moment of which module's
+    input is needed, None for methods that need no data. `scaled`: layer scaling applies.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    outputs: int
+    inputs: int
+    transposed: bool
+    role: str
+    block: int | None
+    method: MethodChoice
+    alpha: float
+    rank: int
+    scaled: bool
+    moment: Literal["input", "shift"] | None = None
+    leader: str | None = None
+
+    @property
+    def group(self) -> str:
+        """The layer group whose norms are compared: one role and one shape."""
+        return f"{self.role}@{self.outputs}x{self.inputs}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor of the output."""
+
+    name: str
+    treatment: Treatment
+    alpha: float = 1.0
+    method: MethodChoice | None = None
+    matrix: str | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    """How the experts' forwards are streamed; absent when no method needs data."""
+
+    prefix: str
+    num_blocks: int
+    wrap: Literal["tensor", "tuple"]
+    width: int
+    tokens_per_sample: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of work; equal tasks are the same task."""
+
+    key: str
+    stage: Stage
+    after: tuple[str, ...]
+    fingerprint: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    read_bytes: int = 0
+    write_bytes: int = 0
+    flops: float = 0.0
+    peak_bytes: int = 0
+    expert: str = ""
+    block: int = -1
+    subject: str = ""
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `merge` will do, and what it costs."""
+
+    version: str
+    schema: int
+    source: str
+    manifest: dict[str, Any]
+    base: Path
+    experts: dict[str, Path]
+    work: Path
+    output: Path
+    output_dtype: str
+    shard_size: str | int
+    memory: int
+    chain: ChainPlan | None
+    matrices: dict[str, Matrix]
+    tensors: dict[str, TensorPlan]
+    tasks: dict[str, Task]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def directory(self) -> WorkDirectory:
+        """The work directory of this merge."""
+        return WorkDirectory(self.work, self.output)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Experts in manifest order."""
+        return tuple(self.experts)
+
+    @cached_property
+    def readers(self) -> dict[str, list[str]]:
+        """Tasks that depend directly on a task."""
+        found: dict[str, list[str]] = {key: [] for key in self.tasks}
+        for task in self.tasks.values():
+            for key in task.after:
+                found[key].append(task.key)
+        return found
+
+    def of_stage(self, stage: Stage) -> list[Task]:
+        """Tasks of one stage, in order."""
+        return [task for task in self.tasks.values() if task.stage == stage]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the largest task."""
+        return max((task.peak_bytes for task in self.tasks.values()), default=0)
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that the work directory will take at most."""
+        stages = ("inputs", "stem", "forward", "merge")
+        return sum(task.write_bytes for task in self.tasks.values() if task.stage in stages)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the merged model."""
+        return sum(task.write_bytes for task in self.of_stage("write"))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of tensors that all tasks read from base and experts."""
+        return sum(task.read_bytes for task in self.tasks.values())
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations of all tasks."""
+        return sum(task.flops for task in self.tasks.values())
+
+    def dump(self) -> bytes:
+        """The plan as JSON."""
+        return _adapter().dump_json(self, indent=1)
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan written by `Plan.dump`; kept in memory until the file changes.
+
+    Raises:
+        ValueError: The file is not a plan of this version.
+    """
+    status = path.stat()
+    return _load(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, mtime_ns: int, size: int) -> Plan:  # noqa: ARG001 - parts of the cache's key
+    return _adapter().validate_json(path.read_bytes())
+
+
+def digest(*parts: Any) -> str:  # noqa: ANN401 - anything JSON can hold
+    """Fingerprint of JSON-like values, independent of key order and of the machine."""
+    text = json.dumps([SCHEMA, *parts], sort_keys=True, default=str, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested document by their dotted path: ("merge.alpha", 1.0)."""
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+            named = {
+                f"[{item['name']}]" if isinstance(item, Mapping) and "name" in item else f"[{i}]": item
+                for i, item in enumerate(value)
+            }
+            yield from flatten(named, name)
+        else:
+            yield name, value
+
+
+# Keys that say where and how, not what: they may change between a run and its resumption.
+UNBOUND: Final = ("run.", "output.path")
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Lines "merge.alpha: 1.0 -> 0.8" for every key that binds a work directory and differs."""
+    old, new = dict(flatten(before)), dict(flatten(after))
+    lines = []
+    for key in sorted({*old, *new}):
+        if key.startswith(UNBOUND) or old.get(key, _ABSENT) == new.get(key, _ABSENT):
+            continue
+        shown = [repr(side[key]) if key in side else "(absent)" for side in (old, new)]
+        lines.append(f"{key}: {shown[0]} -> {shown[1]}")
+    return lines
+
+
+_ABSENT: Final = object()
+
+
+def topological(tasks: Iterable[Task]) -> dict[str, Task]:
+    """Tasks by key, each after those it depends on, otherwise in the order given."""
+    pending = {task.key: task for task in tasks}
+    ordered: dict[str, Task] = {}
+    while pending:
+        ready = [t for t in pending.values() if all(key in ordered for key in t.after)]
+        if not ready:
+            raise ValueError(f"tasks depend on each other in a circle: {sorted(pending)[:5]}")
+        for task in ready:
+            ordered[task.key] = pending.pop(task.key)
+    return ordered
+
+
+def version() -> str:
+    """Version that a plan is stamped with."""
+    return __version__

@@ -1,0 +1,159 @@
+"""report.json: what was merged how, from what, with which figures per matrix.
+
+From:  the plan and the markers of all finished tasks.
+To:    card.py, people and programs.
+"""
+
+import math
+from typing import Any
+
+from esm_stream.checkpoints.checkpoint import Checkpoint
+from esm_stream.planning.plan import Matrix, Plan
+from esm_stream.store.work import WorkDirectory
+
+# Above this, small differences of the inputs decide directions of the result (methods.md 1.3).
+CONDITION_LIMIT = 1e6
+# Storage rounding of bf16 experts moves the merge by tens of percent below this |D| / |W|.
+SMALL_UPDATE = 0.01
+
+
+def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -> dict[str, Any]:
+    """The report as JSON-like values; every number finite or a string."""
+    directory = plan.directory
+    merge = plan.manifest["merge"]
+    matrices = {m.name: _matrix(plan, directory, m) for m in plan.matrices.values()}
+    report = {
+        "esm_stream": plan.version,
+        "method": merge["method"],
+        "alpha": merge["alpha"],
+        "options": merge["options"],
+        "rules": merge["rules"],
+        "base": _identity(base),
+        "experts": {name: _identity(checkpoint) for name, checkpoint in experts.items()},
+        "calibration": _calibration(plan, directory),
+        "tensors": {
+            name: {
+                "treatment": t.treatment,
+                "method": t.method.name if t.method else "base",
+                "alpha": t.alpha,
+                "why": t.why,
+            }
+            for name, t in plan.tensors.items()
+        },
+        "matrices": matrices,
+        "warnings": _warnings(plan, matrices),
+        "notes": list(plan.notes),
+        "bytes_read": _bytes_read(plan, directory),
+        "task_seconds": _seconds(plan, directory),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.root),
+        "files": {
+            header.path.name: {"size": header.file_size, "header_sha256": header.sha256}
+            for header in checkpoint.headers
+        },
+    }
+
+
+def _calibration(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
+    if plan.chain is None:
+        return {}
+    return {name: directory.results(f"inputs/{name}") for name in plan.experts}
+
+
+def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, Any]:
+    merged = directory.results(f"merge/{matrix.name}")
+    scale = 1.0
+    if matrix.scaled:
+        scale = directory.results(f"scale/{matrix.group}")["scales"][matrix.name]
+    found: dict[str, Any] = {
+        "role": matrix.role,
+        "shape": [matrix.outputs, matrix.inputs],
+        "tensors": [part.tensor for part in matrix.parts],
+        "method": matrix.method.name,
+        "alpha": matrix.alpha,
+        "layer_scale": scale,
+        **{k: v for k, v in merged.items() if k != "bytes_read"},
+    }
+    if matrix.moment:
+        per_expert = {
+            name: directory.results(f"forward/{name}/{matrix.block:04d}")[matrix.name]
+            for name in plan.experts
+        }
+        found["update_norms"] = {name: v["norm"] for name, v in per_expert.items()}
+        found["relative_updates"] = {
+            name: v["norm"] / v["base_norm"] if v["base_norm"] else 0.0
+            for name, v in per_expert.items()
+        }
+        found["tokens"] = {name: v["tokens"] for name, v in per_expert.items()}
+    return found
+
+
+def _warnings(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
+    """What a careful user should know before trusting the result."""
+    lines = []
+    for name, numbers in matrices.items():
+        for side in ("bases", "coordinates"):
+            condition, dropped = numbers.get(f"condition_{side}", 1.0), numbers.get(f"dropped_{side}", 0)
+            if dropped or condition > CONDITION_LIMIT:
+                lines.append(
+                    f"{name}: stacked {side} have condition {condition:.1e}, {dropped} directions dropped"
+                )
+    lines += _small_updates(plan, matrices)
+    return lines
+
+
+def _small_updates(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
+    """Experts whose updates drown in the rounding of 16-bit storage."""
+    from esm_stream.stages.context import checkpoint_at
+
+    lines = []
+    for expert, root in plan.experts.items():
+        tensors = checkpoint_at(root).tensors
+        small = [
+            name
+            for name, numbers in matrices.items()
+            if 0 < numbers.get("relative_updates", {}).get(expert, 0) < SMALL_UPDATE
+            and tensors[numbers["tensors"][0]].dtype == "BF16"
+        ]
+        if small:
+            lines.append(
+                f'expert "{expert}": {len(small)} matrices differ from the base by less than 1 % and are '
+                "stored in bfloat16, whose rounding then moves the merge by tens of percent; merge from "
+                "weights of higher precision if you have them"
+            )
+    return lines
+
+
+def _bytes_read(plan: Plan, directory: WorkDirectory) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for key, task in plan.tasks.items():
+        marker = directory.read(key)
+        if marker is not None and marker.results.get("bytes_read"):
+            totals[task.stage] = totals.get(task.stage, 0) + marker.results["bytes_read"]
+    return totals
+
+
+def _seconds(plan: Plan, directory: WorkDirectory) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for key, task in plan.tasks.items():
+        marker = directory.read(key)
+        if marker is not None:
+            totals[task.stage] = round(totals.get(task.stage, 0.0) + marker.seconds, 3)
+    return totals
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON-like values
+    """Infinities and NaN as strings, which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

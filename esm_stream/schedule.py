@@ -1,0 +1,314 @@
+"""One graph for every way to run it: in process by Dask, without Dask's scheduler, or on a cluster.
+
+From:  plan.py's tasks, those that are not complete.
+To:    stages/, one call per task; a task is a name, and so is what it returns.
+
+Memory is bounded by admission: a task declares its projected peak and starts when as much of the
+budget is free. Dask's own resources do that on workers; a gate in this process does it for threads.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from esm_stream import stopping
+from esm_stream.errors import EsmStreamError, ManifestError, StopRequestedError, TaskError
+from esm_stream.planning.plan import Plan, Stage, Task, load_plan
+
+if TYPE_CHECKING:
+    from esm_stream.stages.context import Context, TaskResult
+
+Report = Callable[[str, float], None]
+MEMORY: Final = "MEMORY"
+SCHEDULERS: Final = ("local", "sync", "threads")
+
+
+def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001 - edges of the graph
+    """Run one task and write its marker; the function that Dask calls, in any process.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        EsmStreamError: The task found a mistake in its input, or was asked to stop.
+        TaskError: It failed otherwise.
+    """
+    from esm_stream.stages.context import task_context
+
+    stopping.check()
+    plan = load_plan(Path(plan_path))
+    task = plan.tasks[key]
+    started = time.perf_counter()
+    try:
+        with task_context(plan, task) as context:
+            result = _body(task.stage)(context)
+            result.values["bytes_read"] = context.bytes_read
+    except EsmStreamError:
+        raise
+    except MemoryError as error:
+        raise TaskError(f"task '{key}' ran out of memory; lower [run] parallel") from error
+    except Exception as error:
+        raise TaskError(f"task '{key}' failed: {type(error).__name__}: {error}") from error
+    seconds = time.perf_counter() - started
+    plan.directory.finish(key, task.fingerprint, result.outputs, result.values, seconds)
+    _drop_consumed_states(plan, task)
+    return seconds
+
+
+def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
+    from esm_stream.stages import finish, forward, inputs, merge, scale, stem, write
+
+    bodies: dict[Stage, Callable[[Context], TaskResult]] = {
+        "inputs": inputs.run,
+        "stem": stem.run,
+        "forward": forward.run,
+        "merge": merge.run,
+        "scale": scale.run,
+        "write": write.run,
+        "seal": write.run_seal,
+        "finish": finish.run,
+    }
+    return bodies[stage]
+
+
+def _drop_consumed_states(plan: Plan, task: Task) -> None:
+    """A hidden state is only needed until the block after it is done."""
+    if task.stage == "forward":
+        plan.directory.hidden(task.expert, task.block).unlink(missing_ok=True)
+
+
+def run_tasks(
+    plan: Plan, keys: list[str], scheduler: str, parallel: int, report: Report
+) -> None:
+    """Run the given tasks, each after those it depends on, and report each when it is done.
+
+    Args:
+        plan: The plan, already written to its work directory.
+        keys: Tasks to run; what they depend on is complete or among them.
+        scheduler: "local", "sync", "threads", a scheduler's address, or a scheduler file.
+        parallel: Tasks at once in this process.
+        report: Called with key and seconds, in this process.
+
+    Raises:
+        EsmStreamError: The first failure; tasks that were running are finished first.
+    """
+    chosen = set(keys)
+    path = str(plan.directory.plan)
+    # Nodes of two runs on one cluster must not be taken for each other.
+    run = uuid.uuid4().hex
+    graph = {
+        f"{run}:{key}": (
+            run_task,
+            path,
+            key,
+            *(f"{run}:{k}" for k in plan.tasks[key].after if k in chosen),
+        )
+        for key in keys
+    }
+    if not graph:
+        return
+    if scheduler in ("sync", "threads"):
+        with _threads_per_task(1 if scheduler == "sync" else parallel):
+            _run_in_process(plan, graph, scheduler, parallel, report)
+    elif scheduler == "local":
+        with _threads_per_task(parallel), _local_client(plan.memory, parallel) as client:
+            _run_distributed(plan, graph, client, report)
+    else:
+        with _remote_client(scheduler) as client:
+            _run_distributed(plan, graph, client, report)
+
+
+@contextmanager
+def _threads_per_task(parallel: int) -> Iterator[None]:
+    """Share the cores between the tasks of this process; new threads start with that many."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // parallel))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_in_process(
+    plan: Plan, graph: Mapping[str, tuple[Any, ...]], scheduler: str, parallel: int, report: Report
+) -> None:
+    """Dask's synchronous or threaded scheduler."""
+    import dask
+    from dask.callbacks import Callback
+
+    gate = _Gate(plan.memory)
+
+    def admitted(path: str, key: str, *after: object) -> float:
+        with gate.admit(plan.tasks[key].peak_bytes):
+            return run_task(path, key, *after)
+
+    def done(node: str, seconds: float, *_: object) -> None:
+        report(_key(node), seconds)
+
+    waiting = {node: (admitted, *call[1:]) for node, call in graph.items()}
+    with Callback(posttask=done):
+        get = dask.get if scheduler == "sync" else _threaded_get(parallel)
+        get(waiting, list(waiting))
+
+
+def _key(node: str) -> str:
+    """Task key of a node of the graph."""
+    return node.partition(":")[2]
+
+
+def _threaded_get(parallel: int) -> Callable[..., object]:
+    from functools import partial
+
+    from dask.threaded import get
+
+    return partial(get, num_workers=parallel)
+
+
+class _Gate:
+    """Lets tasks in while their bytes are free."""
+
+    def __init__(self, memory: int) -> None:
+        self._free = memory
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admit(self, size: int) -> Iterator[None]:
+        """Wait until `size` bytes are free and hold them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+@contextmanager
+def _local_client(memory: int, parallel: int) -> Iterator[Any]:
+    """A scheduler and one worker in this process."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    settings = {
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+        "distributed.admin.tick.limit": "1h",
+        "distributed.worker.profile.enabled": False,
+    }
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=parallel,
+            processes=False,
+            dashboard_address=None,
+            memory_limit=0,
+            resources={MEMORY: memory},
+            silence_logs=50,
+            protocol="inproc",
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _remote_client(address: str) -> Iterator[Any]:
+    """A running cluster by address ("tcp://host:8786") or scheduler file.
+
+    Raises:
+        ManifestError: There is no such scheduler.
+    """
+    from distributed import Client
+
+    by_file = "://" not in address
+    if by_file and not Path(address).is_file():
+        known = ", ".join(SCHEDULERS)
+        raise ManifestError(
+            f"--scheduler '{address}' is neither one of {known}, nor an address such as "
+            "tcp://host:8786, nor a scheduler file"
+        )
+    try:
+        client = Client(
+            **({"scheduler_file": address} if by_file else {"address": address}),
+            timeout="30s",
+            set_as_default=False,
+        )
+    except (OSError, TimeoutError) as error:
+        raise ManifestError(f"--scheduler '{address}': no scheduler answers: {error}") from error
+    with client:
+        _require_resources(client)
+        yield client
+
+
+def _require_resources(client: Any) -> None:  # noqa: ANN401
+    """Workers without a declared MEMORY would never be given a task.
+
+    Raises:
+        ManifestError: No worker declares it.
+    """
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if workers and not any(MEMORY in worker.get("resources", {}) for worker in workers):
+        raise ManifestError(
+            "the workers of this scheduler declare no memory for admission; start them with "
+            '--resources "MEMORY=8e9" (bytes that esm-stream may use on each)'
+        )
+
+
+def _run_distributed(
+    plan: Plan,
+    graph: Mapping[str, tuple[Any, ...]],
+    client: Any,  # noqa: ANN401 - distributed has no types
+    report: Report,
+) -> None:
+    """Hand the graph to a scheduler and follow its futures."""
+    from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+    from distributed import CancelledError, as_completed
+
+    order = {node: number for number, node in enumerate(graph)}
+    annotations = {
+        "resources": lambda node: {MEMORY: plan.tasks[_key(node)].peak_bytes},
+        "priority": lambda node: -order[node],
+        "retries": 0,
+    }
+    layer = MaterializedLayer(dict(graph), annotations=annotations)
+    futures = client.get(HighLevelGraph({"merge": layer}, {"merge": set()}), list(graph), sync=False)
+    failure: BaseException | None = None
+    waiting = as_completed(futures, loop=client.loop)
+    try:
+        for future in waiting:
+            if future.status == "finished":
+                report(_key(future.key), future.result())
+            elif failure is None and future.status == "error":
+                failure = future.exception()
+                stopping.request()
+            if stopping.requested():
+                client.cancel([f for f in futures if f.status == "pending"])
+                break
+    except CancelledError:
+        pass
+    finally:
+        _wait_for_running(client)
+    if failure is not None:
+        raise failure
+    if stopping.requested():
+        raise StopRequestedError("stopped on request")
+
+
+def _wait_for_running(client: Any) -> None:  # noqa: ANN401
+    """Tasks that were running when the rest was cancelled write their outputs or give up."""
+    deadline = time.monotonic() + 600
+    while stopping.requested() and time.monotonic() < deadline:
+        if not any(client.processing().values()):
+            return
+        time.sleep(0.05)

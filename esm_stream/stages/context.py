@@ -1,0 +1,110 @@
+"""What every stage needs: the plan, the checkpoints, the store, a device; and what a task returns."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from esm_stream.checkpoints.reader import TensorReader
+from esm_stream.errors import DataError
+from esm_stream.planning.plan import Matrix, Plan, Task
+from esm_stream.store.factors import FactorStore
+from esm_stream.store.work import Output, WorkDirectory
+
+BASE = ""
+
+
+@dataclass
+class TaskResult:
+    """Outputs of a task, on disk, and small results for its marker."""
+
+    outputs: list[Output] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Context:
+    """One task's view of the merge; readers are opened when asked for and closed with it."""
+
+    def __init__(self, plan: Plan, task: Task, stack: ExitStack) -> None:
+        self.plan = plan
+        self.task = task
+        self.directory: WorkDirectory = plan.directory
+        self.store = FactorStore(self.directory.factors)
+        self.device = torch.device(plan.manifest["run"]["device"])
+        self._stack = stack
+        self._readers: dict[str, TensorReader] = {}
+        self._views: dict[tuple[str, str], Tensor] = {}
+
+    def reader(self, name: str) -> TensorReader:
+        """Reader of an expert, or of the base (name BASE)."""
+        if name not in self._readers:
+            root = self.plan.base if name == BASE else self.plan.experts[name]
+            self._readers[name] = self._stack.enter_context(TensorReader(checkpoint_at(root)))
+        return self._readers[name]
+
+    def tensor(self, model: str, name: str) -> Tensor:
+        """A whole tensor in place (a view of the file); asked for twice, it is read once."""
+        if (model, name) not in self._views:
+            self._views[model, name] = self.reader(model).tensor(name)
+        return self._views[model, name]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from base and experts by this task."""
+        return sum(reader.bytes_read for reader in self._readers.values())
+
+    def update(self, expert: str, matrix: Matrix) -> Tensor:
+        """One expert's update of a matrix, D = W_t - W_0, float32 (O, I), on the device.
+
+        Raises:
+            DataError: Base or expert hold NaN or Inf there.
+        """
+        parts = []
+        for part in matrix.parts:
+            base = self.tensor(BASE, part.tensor).to(self.device, torch.float32)
+            difference = self.tensor(expert, part.tensor).to(self.device, torch.float32) - base
+            require_finite(difference, part.tensor, expert, base)
+            parts.append(difference.T if matrix.transposed else difference)
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def task_context(plan: Plan, task: Task) -> Iterator[Context]:
+    """A context for one task; files are unmapped on every way out."""
+    with ExitStack() as stack:
+        yield Context(plan, task, stack)
+
+
+def require_finite(difference: Tensor, tensor: str, expert: str, base: Tensor) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        DataError: Naming tensor and model.
+    """
+    if bool(torch.isfinite(difference).all()):
+        return
+    where = f'expert "{expert}"' if bool(torch.isfinite(base).all()) else "the base"
+    raise DataError(
+        f"tensor '{tensor}' of {where} holds NaN or Inf; repair or retrain that model, or add the tensor "
+        "to [base] skip"
+    )
+
+
+_CHECKPOINTS: dict[Path, Checkpoint] = {}
+
+
+def checkpoint_at(root: Path) -> Checkpoint:
+    """A checkpoint whose headers this process has read; the plan checked them before."""
+    if root not in _CHECKPOINTS:
+        _CHECKPOINTS[root] = open_checkpoint(root)
+    return _CHECKPOINTS[root]
+
+
+def forget_checkpoints() -> None:
+    """Read headers anew: a run begins, and files may have changed since the last one."""
+    _CHECKPOINTS.clear()

@@ -1,0 +1,60 @@
+"""Stage 7: what makes the shards a model: index, config, tokenizer, card, report; complete.json last."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esm_stream.planning.tasks import model_files
+from esm_stream.report.card import model_card
+from esm_stream.report.numbers import build_report
+from esm_stream.stages.context import Context, TaskResult, checkpoint_at
+from esm_stream.stages.write import layouts_of
+from esm_stream.store.files import write_atomically
+from esm_stream.write.shards import write_index
+
+COMPLETE = "complete.json"
+
+
+def run(context: Context) -> TaskResult:
+    """Write everything beside the shards."""
+    plan, output = context.plan, context.plan.output
+    layouts = layouts_of(plan)
+    write_index(output, list(layouts.values()))
+    written = [_copy(path, output, plan.output_dtype) for path in model_files(plan.base)]
+    experts = {name: checkpoint_at(root) for name, root in plan.experts.items()}
+    report = build_report(plan, checkpoint_at(plan.base), experts)
+    written.append(_write(output / "report.json", json.dumps(report, indent=1)))
+    written.append(_write(output / "README.md", model_card(plan, report)))
+    complete = {
+        "esm_stream": plan.version,
+        "shards": {
+            name: {
+                "size": layout.file_size,
+                "xxh3_128": context.directory.results(f"seal/{name}")["xxh3_128"],
+            }
+            for name, layout in layouts.items()
+        },
+        "files": sorted(path.name for path in written),
+    }
+    written.append(_write(output / COMPLETE, json.dumps(complete, indent=1)))
+    return TaskResult([context.directory.record(path) for path in written])
+
+
+def _copy(source: Path, output: Path, dtype: str) -> Path:
+    """Copy one small file of the base; the configuration learns the output's dtype."""
+    content = source.read_bytes()
+    if source.name == "config.json" and dtype != "base":
+        content = _with_dtype(json.loads(content), dtype)
+    target = output / source.name
+    write_atomically(target, content)
+    return target
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return (json.dumps({**config, key: dtype}, indent=2) + "\n").encode()
+
+
+def _write(path: Path, text: str) -> Path:
+    write_atomically(path, text.encode())
+    return path

@@ -1,0 +1,151 @@
+"""Stage 3: one block of one expert: hidden states through it, moments by hooks, factors to the store.
+
+From:  hidden states before the block, the block's weights in expert and base.
+To:    factors.zarr (basis, coordinates, spectrum of every matrix), hidden states after the block.
+Peak:  moments of the block's distinct inputs, hidden states in and out, one matrix being factored;
+       the weights are read in place unless they have to be converted or moved to a GPU.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from esm_stream.calibration.arguments import load_batches, load_calls, save_batches
+from esm_stream.calibration.chain import run_call
+from esm_stream.calibration.hooks import observe_inputs
+from esm_stream.calibration.moments import InputMoment, ShiftMoment
+from esm_stream.calibration.skeleton import move_buffers, with_tensors
+from esm_stream.errors import DataError
+from esm_stream.methods import create
+from esm_stream.methods.contract import Moment
+from esm_stream.planning.plan import Matrix
+from esm_stream.stages.context import BASE, Context, TaskResult
+from esm_stream.stages.stem import expert_skeleton
+from esm_stream.stopping import check
+
+Moments = dict[str, InputMoment | ShiftMoment]
+
+
+def run(context: Context) -> TaskResult:
+    """Run one block of one expert on all its micro-batches and factor its matrices."""
+    task, chain, record = context.task, context.plan.chain, context.directory.record
+    assert chain is not None
+    matrices = [m for m in context.plan.matrices.values() if m.moment and m.block == task.block]
+    moments = _empty_moments(context, matrices)
+    states = _run_block(context, _observers(matrices, moments))
+    result = TaskResult()
+    if task.block + 1 < chain.num_blocks:
+        path = context.directory.hidden(task.expert, task.block + 1)
+        save_batches(path, states)
+        result.outputs.append(record(path, transient=True))
+    del states
+    while matrices:
+        check()
+        matrix = matrices.pop(0)
+        moment = moments[_moment_key(matrix)].result()
+        values = _factor(context, matrix, moment, result)
+        result.values[matrix.name] = values
+        if all(_moment_key(m) != _moment_key(matrix) for m in matrices):
+            del moments[_moment_key(matrix)]
+    return result
+
+
+def _moment_key(matrix: Matrix) -> str:
+    """Input moments belong to the observed module and may be shared; shift moments to the matrix."""
+    return str(matrix.leader) if matrix.moment == "input" else f"shift of {matrix.name}"
+
+
+def _empty_moments(context: Context, matrices: list[Matrix]) -> Moments:
+    moments: Moments = {}
+    for matrix in matrices:
+        key = _moment_key(matrix)
+        if matrix.moment == "shift":
+            moments[key] = ShiftMoment(context.update(context.task.expert, matrix))
+        elif key not in moments:
+            moments[key] = InputMoment(matrix.inputs, context.device)
+    return moments
+
+
+def _observers(matrices: list[Matrix], moments: Moments) -> dict[str, list[Callable[[Tensor], None]]]:
+    """What to call with the input of each observed module."""
+    observers: dict[str, dict[str, Callable[[Tensor], None]]] = {}
+    for matrix in matrices:
+        key = _moment_key(matrix)
+        observers.setdefault(str(matrix.leader), {})[key] = moments[key].add
+    return {module: list(calls.values()) for module, calls in observers.items()}
+
+
+def _run_block(
+    context: Context, observers: dict[str, list[Callable[[Tensor], None]]]
+) -> list[dict[str, Tensor]]:
+    """Hidden states after the block, micro-batch by micro-batch; hooks fill the moments."""
+    task, chain, directory = context.task, context.plan.chain, context.directory
+    assert chain is not None
+    name = f"{chain.prefix}.{task.block}"
+    block = _load_block(context, name)
+    modules = {m: block.get_submodule(m.removeprefix(f"{name}.")) for m in observers}
+
+    def observe(module: str, x: Tensor) -> None:
+        for add in observers[module]:
+            add(x)
+
+    calls = load_calls(directory.arguments(task.expert), task.block)
+    before = load_batches(directory.hidden(task.expert, task.block))
+    after = []
+    with observe_inputs(modules, observe):
+        for call, batch in zip(calls, before, strict=True):
+            check()
+            output = run_call(block, call, batch.pop("hidden").to(context.device), context.device)
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not bool(torch.isfinite(hidden).all()):
+                raise DataError(
+                    f'block {task.block} of expert "{task.expert}" gives NaN or Inf on its calibration '
+                    'samples; try [calibration] dtype = "float32"'
+                )
+            after.append({"hidden": hidden.cpu()})
+    return after
+
+
+def _load_block(context: Context, name: str) -> nn.Module:
+    """The block with the expert's weights: in place on the CPU, copied to a GPU."""
+    assert context.plan.chain is not None
+    dtype: torch.dtype = getattr(torch, context.plan.chain.dtype)
+    skeleton = expert_skeleton(context, context.task.expert)
+    values = {}
+    for local, tensor in skeleton.tensors_of(name).items():
+        value = context.tensor(context.task.expert, tensor)
+        kind = dtype if value.is_floating_point() else value.dtype
+        values[local] = value.to(context.device, kind)
+    block = with_tensors(skeleton.model.get_submodule(name), values)
+    move_buffers(block, context.device)
+    return block
+
+
+def _base_norm(context: Context, matrix: Matrix) -> float:
+    """Frobenius norm of the base's matrix, to judge how large the update is."""
+    norms = [
+        float(torch.linalg.vector_norm(context.tensor(BASE, part.tensor), dtype=torch.float32))
+        for part in matrix.parts
+    ]
+    return math.hypot(*norms)
+
+
+def _factor(
+    context: Context, matrix: Matrix, moment: Moment, result: TaskResult
+) -> dict[str, float | int]:
+    """Factor one expert's update of one matrix and store it; returns its norm, rank, tokens."""
+    plan, expert = context.plan, context.task.expert
+    method = create(matrix.method.name, matrix.method.options, matrix.method.modality)
+    factors = method.factor(  # type: ignore[union-attr]
+        context.update(expert, matrix), moment, len(plan.experts)
+    )
+    written = context.store.write_factors(matrix.name, plan.expert_names.index(expert), factors)
+    result.outputs += [context.directory.record(path) for path in written]
+    return {
+        "norm": factors.norm,
+        "base_norm": _base_norm(context, matrix),
+        "rank": int(factors.basis_OK.shape[1]),
+        "tokens": moment.tokens,
+    }

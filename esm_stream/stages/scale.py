@@ -1,0 +1,32 @@
+"""Stage 5: norms of the merged updates of one role -> the scale of each (ESM's layer level)."""
+
+from esm_stream.planning.plan import Matrix, Plan
+from esm_stream.scaling.layer import layer_scales
+from esm_stream.stages.context import Context, TaskResult
+
+
+def run(context: Context) -> TaskResult:
+    """Scales of all matrices of one group, from the norms of pass 1."""
+    names = context.task.tensors
+    norms = {name: context.directory.results(f"merge/{name}")["norm"] for name in names}
+    return TaskResult(values={"scales": layer_scales(norms, _exponent(context.plan))})
+
+
+def _exponent(plan: Plan) -> float:
+    """Power of the layer level, of the merge's main method."""
+    from esm_stream.methods import create
+    from esm_stream.methods.esm import Esm
+
+    merge = plan.manifest["merge"]
+    modality = next(iter(plan.matrices.values())).method.modality
+    method = create(merge["method"], merge["options"], modality)
+    assert isinstance(method, Esm)
+    return method.profile.exponent
+
+
+def scale_of(context: Context, matrix: Matrix) -> float:
+    """Scale of one matrix; 1.0 where layer scaling does not apply."""
+    if not matrix.scaled:
+        return 1.0
+    scales: dict[str, float] = context.directory.results(f"scale/{matrix.group}")["scales"]
+    return scales[matrix.name]

@@ -1,0 +1,58 @@
+"""Stage 2: model inputs of one expert -> hidden states before block 0, and every block's arguments.
+
+The expert's skeleton (embeddings, rotary tables) runs on the CPU from the mapped file: an embedding
+touches only the rows it looks up. Blocks are stubs; the head is never reached.
+"""
+
+import copy
+
+import torch
+
+from esm_stream.calibration.arguments import load_batches, save_batches, save_calls
+from esm_stream.calibration.chain import record_calls
+from esm_stream.calibration.skeleton import BlockList, Skeleton, build_skeleton, put_tensor
+from esm_stream.planning.plan import ChainPlan
+from esm_stream.stages.context import Context, TaskResult, require_finite
+from esm_stream.stopping import check
+
+
+def run(context: Context) -> TaskResult:
+    """Run the skeleton on all micro-batches of one expert."""
+    expert, chain = context.task.expert, context.plan.chain
+    assert chain is not None
+    dtype: torch.dtype = getattr(torch, chain.dtype)
+    skeleton = expert_skeleton(context, expert)
+    model = copy.deepcopy(skeleton.model)
+    reader = context.reader(expert)
+    for name, tensor in skeleton.stored.items():
+        if not name.startswith(f"{chain.prefix}."):
+            value = reader.tensor(tensor)
+            put_tensor(model, name, value.to(dtype) if value.is_floating_point() else value)
+    blocks = _blocks(Skeleton(model, {}, {}), chain)
+    states, calls = [], []
+    for batch in load_batches(context.directory.inputs(expert)):
+        check()
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        recording = record_calls(model, blocks, inputs, chain.wrap)
+        require_finite(recording.hidden, "hidden state before block 0", expert, recording.hidden)
+        states.append({"hidden": recording.hidden})
+        calls.append(recording.calls)
+    arguments, hidden = context.directory.arguments(expert), context.directory.hidden(expert, 0)
+    arguments.parent.mkdir(parents=True, exist_ok=True)
+    save_calls(arguments, calls)
+    save_batches(hidden, states)
+    record = context.directory.record
+    return TaskResult([record(arguments), record(hidden, transient=True)])
+
+
+def expert_skeleton(context: Context, expert: str) -> Skeleton:
+    """The skeleton of one expert by its own configuration (the base's if it has none)."""
+    assert context.plan.chain is not None
+    checkpoint = context.reader(expert).checkpoint
+    root = checkpoint.root if checkpoint.config else context.plan.base
+    dtype: torch.dtype = getattr(torch, context.plan.chain.dtype)
+    return build_skeleton(root, tuple(checkpoint.tensors), dtype)
+
+
+def _blocks(skeleton: Skeleton, chain: ChainPlan) -> BlockList:
+    return next(blocks for blocks in skeleton.lists() if blocks.prefix == chain.prefix)
