@@ -1,0 +1,191 @@
+"""Essential subspace merging of one matrix: methods.md 1.1, steps 1 to 7, in that order.
+
+From:  the engine, one expert's update and moment at a time; later the factors of all experts.
+To:    the engine, the merged update before layer scaling (scaling/layer.py) and alpha.
+Peak:  `combine`, float64 numbers: the larger of 2*O*R + 5*min(O, R)^2 (left polar factor),
+       O*R + 2*R*I + 5*min(R, I)^2 (right), and (O + I)*R + O*I (their product). Where a stack is
+       so ill-conditioned that it needs an SVD, its own term grows by the stack and its squares.
+
+Letters: T experts, O output features, I input features, K rank of one expert, R sum of all K.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from esm_stream.methods.contract import Diagnostics, Factors, Merged, Moment
+from esm_stream.methods.options import EsmOptions
+from esm_stream.methods.profiles import Profile
+from esm_stream.scaling.dimension import column_factors
+from esm_stream.scaling.task import task_factors
+from esm_stream.subspace.basis import coordinates, essential_basis, frobenius_norm
+from esm_stream.subspace.polar import Polar, polar
+
+_FACTOR_OPTIONS = {"rank", "rank_factor", "rank_tolerance", "strict_official", "decomposition"}
+
+
+class Esm:
+    """ESM with the options of one manifest and the profile they resolve to."""
+
+    name = "esm"
+
+    def __init__(self, options: EsmOptions, profile: Profile) -> None:
+        self.options = options
+        self.profile = profile
+        self.uses_moments = options.decomposition == "esd"
+
+    def rank(self, shape: tuple[int, int], num_experts: int) -> int:
+        """K = max(1, floor(rank_factor * O / T)) or the rank asked for, at most min(O, I).
+
+        An update has no more than min(O, I) directions; `strict_official` goes up to O all the
+        same, because the authors' mean of the weights counts those without energy.
+        """
+        share = Fraction(str(self.options.rank_factor)) * shape[0] / num_experts
+        limit = shape[0] if self.options.strict_official else min(shape)
+        return min(self.options.rank or max(1, int(share)), limit)
+
+    def identity(self, step: Literal["factor", "combine"]) -> dict[str, object]:
+        """Options that decide the numbers of one step; layer scaling belongs to neither."""
+        options, profile = self.options, self.profile
+        if step == "factor":
+            return options.model_dump(include=_FACTOR_OPTIONS)
+        levels = sorted(set(profile.levels) - {"layer"})
+        return {
+            "levels": levels,
+            "exponent": profile.exponent if levels else None,
+            "task_norm": profile.task_norm if "task" in levels else None,
+            "eigenvalue_exponent": profile.eigenvalue_exponent,
+            "factor": profile.factor,
+            **options.model_dump(include={"drop_tolerance", "strict_official"}),
+        }
+
+    def factor(self, update_OI: Tensor, moment: Moment | None, num_experts: int) -> Factors:
+        """Steps 1 and 2: essential basis and coordinates, float64.
+
+        Args:
+            update_OI: One expert's update, any float dtype.
+            moment: Second moment of the layer; None takes the basis from the update alone.
+            num_experts: Number T of experts in the manifest, those without update included.
+
+        Raises:
+            ValueError: The update or the moment holds NaN or Inf.
+        """
+        essential = essential_basis(
+            update_OI,
+            moment if self.uses_moments else None,
+            self.rank((update_OI.shape[0], update_OI.shape[1]), num_experts),
+            0.0 if self.options.strict_official else self.options.rank_tolerance,
+        )
+        return Factors(
+            essential.basis_OK,
+            coordinates(essential.basis_OK, update_OI),
+            essential.eigenvalues,
+            frobenius_norm(update_OI),
+        )
+
+    def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:
+        """Steps 3 to 7: weights, task scaling, concatenation, dimension scaling, polar factors.
+
+        Args:
+            factors: What `factor` made of every expert, any float dtype, T of them.
+            shape: (O, I) of the matrix.
+
+        Returns:
+            Merged update, float64; zero where no expert has an update.
+        """
+        weights = [
+            eigenvalue_weights(kept_spectrum(one), self.profile.eigenvalue_exponent)
+            for one in factors
+        ]
+        left = self._polar(stack_bases(factors, weights, shape[0]))
+        stacked_RI = stack_coordinates(factors, weights, self._task_factors(factors), shape[1])
+        if "dimension" in self.profile.levels:
+            stacked_RI *= column_factors(stacked_RI, self.profile.exponent)
+        right = self._polar(stacked_RI)
+        del stacked_RI
+        factor = self.profile.factor * left.mean_singular_value * right.mean_singular_value
+        update_OI = (left.factor @ right.factor).mul_(factor)
+        return Merged(update_OI, _diagnostics(factors, left, right, factor))
+
+    def _polar(self, stacked: Tensor) -> Polar:
+        """Step 7, orthogonalise one stack; R directions of the whole stack or none dropped."""
+        return polar(stacked, self.options.drop_tolerance, self.options.strict_official)
+
+    def _task_factors(self, factors: Sequence[Factors]) -> list[float]:
+        """Step 4, gamma of each expert; 1.0 for all where the task level is off."""
+        if "task" not in self.profile.levels:
+            return [1.0] * len(factors)
+        if self.profile.task_norm == "full":
+            return task_factors([one.norm for one in factors], self.profile.exponent)
+        truncated = [frobenius_norm(one.coordinates_KI) for one in factors]
+        return task_factors(truncated, self.profile.exponent)
+
+
+def kept_spectrum(one: Factors) -> Tensor:
+    """Eigenvalues of the K columns kept, float64, shape (K,); 0 past the end of the spectrum."""
+    num_columns = one.basis_OK.shape[1]
+    eigenvalues = one.spectrum[:num_columns].double()
+    return pad(eigenvalues, (0, num_columns - len(eigenvalues)))
+
+
+def eigenvalue_weights(eigenvalues_K: Tensor, exponent: float) -> Tensor:
+    """Step 3: w = (eigenvalue / mean)^p over the K kept, then w / mean(w); empty stays empty."""
+    weights_K = (eigenvalues_K / eigenvalues_K.mean()) ** exponent
+    return weights_K / weights_K.mean()
+
+
+def stack_bases(factors: Sequence[Factors], weights: Sequence[Tensor], num_outputs: int) -> Tensor:
+    """Step 5, left: E_cat = [E_1 diag(w_1) | ... | E_T diag(w_T)], float64, shape (O, R)."""
+    num_columns = sum(len(weights_K) for weights_K in weights)
+    stacked_OR = factors[0].basis_OK.new_empty(num_outputs, num_columns, dtype=torch.float64)
+    start = 0
+    for one, weights_K in zip(factors, weights, strict=True):
+        stop = start + len(weights_K)
+        torch.mul(one.basis_OK, weights_K, out=stacked_OR[:, start:stop])
+        start = stop
+    return stacked_OR
+
+
+def stack_coordinates(
+    factors: Sequence[Factors],
+    weights: Sequence[Tensor],
+    gammas: Sequence[float],
+    num_inputs: int,
+) -> Tensor:
+    """Step 5, right: C_cat = [gamma_1 diag(w_1) C_1; ...], float64, shape (R, I)."""
+    num_rows = sum(len(weights_K) for weights_K in weights)
+    stacked_RI = factors[0].basis_OK.new_empty(num_rows, num_inputs, dtype=torch.float64)
+    start = 0
+    for one, weights_K, gamma in zip(factors, weights, gammas, strict=True):
+        stop = start + len(weights_K)
+        row_factors_K1 = (gamma * weights_K).unsqueeze(1)
+        torch.mul(one.coordinates_KI, row_factors_K1, out=stacked_RI[start:stop])
+        start = stop
+    return stacked_RI
+
+
+def energy_kept(one: Factors) -> float:
+    """Share of the eigenvalues that the K kept columns carry (methods.md 1.4); 1.0 for a zero."""
+    total = float(one.spectrum.sum())
+    return float(kept_spectrum(one).sum()) / total if total else 1.0
+
+
+def _diagnostics(
+    factors: Sequence[Factors], left: Polar, right: Polar, factor: float
+) -> Diagnostics:
+    """What the report tells of one matrix (methods.md 1.3, rule 4, and 1.4)."""
+    return {
+        "ranks": [one.basis_OK.shape[1] for one in factors],
+        "energy_kept": [energy_kept(one) for one in factors],
+        "condition_bases": left.condition,
+        "condition_coordinates": right.condition,
+        "dropped_bases": left.dropped,
+        "dropped_coordinates": right.dropped,
+        "mean_singular_bases": left.mean_singular_value,
+        "mean_singular_coordinates": right.mean_singular_value,
+        "factor": factor,
+    }

@@ -1,0 +1,73 @@
+"""TSV-M: singular triples of every expert, decorrelated (methods.md 3.1).
+
+From:  the engine, one expert's update at a time; later the factors of all experts.
+To:    the engine, the merged update.
+Peak:  as methods/esm.py; `factor` holds the update and its SVD in float64.
+
+Letters: T experts, O output features, I input features, K rank of one expert, R sum of all K.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from esm_stream.methods.contract import Factors, Merged, Moment
+from esm_stream.methods.options import TsvMOptions
+from esm_stream.subspace.basis import frobenius_norm
+from esm_stream.subspace.polar import polar
+
+
+class TsvM:
+    """Task singular vectors, merged."""
+
+    name = "tsv_m"
+    uses_moments = False
+
+    def __init__(self, options: TsvMOptions) -> None:
+        self.options = options
+
+    def rank(self, shape: tuple[int, int], num_experts: int) -> int:
+        """K = max(1, floor(rank_factor * min(O, I) / T)) or the rank asked for."""
+        share = Fraction(str(self.options.rank_factor)) * min(shape) / num_experts
+        return min(self.options.rank or max(1, int(share)), *shape)
+
+    def identity(self, step: Literal["factor", "combine"]) -> dict[str, object]:
+        """Options that decide the numbers of one step."""
+        if step == "factor":
+            return self.options.model_dump(include={"rank", "rank_factor", "rank_tolerance"})
+        return self.options.model_dump(include={"mean_singular_factor"})
+
+    def factor(self, update_OI: Tensor, moment: Moment | None, num_experts: int) -> Factors:  # noqa: ARG002
+        """Leading singular triples U, s V^T of one update that are not rounding, float64."""
+        left_ON, values, right_NI = torch.linalg.svd(update_OI.double(), full_matrices=False)
+        wanted = self.rank((update_OI.shape[0], update_OI.shape[1]), num_experts)
+        real = int((values > self.options.rank_tolerance * values[0]).sum())
+        kept = min(wanted, real)
+        # Copies, so that the thin factors do not keep the whole SVD alive.
+        basis_OK = left_ON[:, :kept].clone()
+        coordinates_KI = right_NI[:kept] * values[:kept, None]
+        return Factors(basis_OK, coordinates_KI, values, frobenius_norm(update_OI))
+
+    def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:  # noqa: ARG002
+        """polar(U_cat) diag(s_cat) polar(V_cat), float64; zero where no expert has an update."""
+        values_R = torch.cat([one.spectrum[: one.basis_OK.shape[1]].double() for one in factors])
+        left = polar(torch.cat([one.basis_OK.double() for one in factors], dim=1))
+        rows_RI = torch.cat([one.coordinates_KI.double() for one in factors])
+        right = polar(rows_RI.div_(values_R.unsqueeze(1)))
+        del rows_RI
+        update_OI = (left.factor * values_R) @ right.factor
+        if self.options.mean_singular_factor:
+            update_OI *= left.mean_singular_value * right.mean_singular_value
+        return Merged(
+            update_OI,
+            {
+                "ranks": [one.basis_OK.shape[1] for one in factors],
+                "condition_bases": left.condition,
+                "condition_coordinates": right.condition,
+                "dropped_bases": left.dropped,
+                "dropped_coordinates": right.dropped,
+            },
+        )

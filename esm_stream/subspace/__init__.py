@@ -1,0 +1,1 @@
+"""Bases and polar factors of single matrices: tensors in, tensors out, torch only."""
