@@ -86,9 +86,13 @@ def moment_bytes(kind: str, outputs: int, inputs: int) -> int:
 
 
 def basis_bytes(outputs: int, inputs: int) -> int:
-    """Peak of one expert's basis and coordinates, moment excluded: float64 update and products."""
+    """Peak of one expert's basis and coordinates, moment excluded: float64 update and products.
+
+    Tall matrices also hold the Cholesky factor of the moment and two products with it.
+    """
     side = min(outputs, inputs)
-    return 4 * outputs * inputs * F64 + eigh_bytes(side)
+    cholesky = 3 * side * side * F64 if outputs > inputs else 0
+    return 4 * outputs * inputs * F64 + eigh_bytes(side) + cholesky
 
 
 def basis_flops(outputs: int, inputs: int, rank: int) -> float:
@@ -99,9 +103,20 @@ def basis_flops(outputs: int, inputs: int, rank: int) -> float:
 
 
 def combine_bytes(outputs: int, inputs: int, columns: int) -> int:
-    """Peak of combining all experts' factors (`columns` = their ranks' sum): stacks and roots."""
-    stacks = (2 * outputs * columns + 2 * columns * inputs) * F64
-    return stacks + eigh_bytes(min(outputs, columns)) + 2 * outputs * inputs * F64
+    """Peak of combining all experts' factors; `columns` is the sum of their ranks.
+
+    The stored factors in float32, and the larger of: polar factor of the stacked bases, of the
+    stacked coordinates beside it, and their product; each by the SVD that a nearly singular stack
+    needs (a copy, both singular bases and the workspace).
+    """
+    left, right = min(outputs, columns), min(inputs, columns)
+    bases, coordinates = outputs * columns, columns * inputs
+    numbers = max(
+        4 * bases + 6 * left**2,
+        bases + 4 * coordinates + 6 * right**2,
+        bases + coordinates + 2 * outputs * inputs,
+    )
+    return (bases + coordinates) * F32 + numbers * F64
 
 
 def combine_flops(outputs: int, inputs: int, columns: int) -> float:

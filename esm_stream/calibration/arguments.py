@@ -59,7 +59,10 @@ def save_calls(path: Path, batches: Sequence[Sequence["Call"]]) -> None:
 
     structure = [
         [
-            {"args": [encode(v) for v in c.args], "kwargs": {k: encode(v) for k, v in c.kwargs.items()}}
+            {
+                "args": [encode(v) for v in c.args],
+                "kwargs": {k: encode(v) for k, v in c.kwargs.items()},
+            }
             for c in calls
         ]
         for calls in batches

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,7 +129,20 @@ def _fill_with_constants(model: nn.Module, lists: Sequence[BlockList]) -> None:
     inside = tuple(f"{blocks.prefix}." for blocks in lists)
     for name, value in list(model.named_parameters()):
         if not name.startswith(inside):
-            put_tensor(model, name, torch.full((), 0.02, dtype=value.dtype).expand(value.shape))
+            put_tensor(model, name, _constant(tuple(value.shape), value.dtype))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.forward = _lookup_of_constant(module)
+
+
+def _constant(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full((), 0.02, dtype=dtype).expand(shape)
+
+
+def _lookup_of_constant(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    """A lookup that gives what the table would; torch would first make the whole table contiguous."""
+    width, dtype = module.embedding_dim, module.weight.dtype
+    return lambda ids: _constant((*ids.shape, width), dtype).clone()
 
 
 def _only_list(model: PreTrainedModel) -> BlockList:
@@ -185,34 +199,19 @@ def record_calls(
     Raises:
         UnsupportedModelError: A block is not handed its predecessor's output, or not in order.
     """
-    seen: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
-    outputs: list[Tensor] = []
-
-    def stub(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a block takes anything
-            seen.append((index, args, kwargs))
-            outputs.append(_stub_output(args, kwargs, outputs, perturb=perturb))
-            return outputs[-1] if wrap == "tensor" else (outputs[-1],)
-
-        return forward
-
-    def stop_after_blocks(*_: object) -> None:
-        if len(seen) >= len(blocks.blocks):
-            raise _FinishedError
-
-    outside = _modules_with_parameters_outside(model, blocks)
+    recorder = _Recorder(blocks, wrap, perturb=perturb)
     with ExitStack() as undo:
         for index, block in enumerate(blocks.blocks):
-            block.forward = stub(index)
+            block.forward = partial(recorder.stub, index)
             undo.callback(delattr, block, "forward")
-        for module in outside:
-            undo.callback(module.register_forward_pre_hook(stop_after_blocks).remove)
+        for module in _modules_with_parameters_outside(model, blocks):
+            undo.callback(module.register_forward_pre_hook(recorder.stop_after_blocks).remove)
         undo.enter_context(suppress(_FinishedError))
         undo.enter_context(torch.inference_mode())
         undo.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)
         model(**inputs, **_forward_flags(model))
-    return _recording(blocks, seen, outputs)
+    return recorder.recording()
 
 
 def _modules_with_parameters_outside(model: nn.Module, blocks: BlockList) -> list[nn.Module]:
@@ -229,66 +228,79 @@ def _forward_flags(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
 
-def _stub_output(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], earlier: Sequence[Tensor], *, perturb: bool
-) -> Tensor:
-    """A fresh tensor shaped as the hidden state (the predecessor's output, else the first tensor)."""
-    values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if not values:
-        raise UnsupportedModelError("a block is called without any tensor")
-    hidden = next((v for v in values if earlier and v is earlier[-1]), values[0])
-    return hidden + 1.0 + torch.arange(hidden.shape[-1]) * 0.125 if perturb else hidden.clone()
+class _Recorder:
+    """Stands in for all blocks of one forward; keeps one hidden state, however many blocks."""
 
+    def __init__(self, blocks: BlockList, wrap: Wrap, *, perturb: bool) -> None:
+        self._blocks = blocks
+        self._wrap = wrap
+        self._perturb = perturb
+        self._order: list[int] = []
+        self._calls: list[Call] = []
+        self._places: set[int | str] = set()
+        self._first: dict[int | str, Any] = {}
+        self._last: Tensor | None = None
 
-def _recording(
-    blocks: BlockList,
-    seen: Sequence[tuple[int, tuple[Any, ...], dict[str, Any]]],
-    outputs: Sequence[Tensor],
-) -> Recording:
-    """Replace the hidden state in what was seen by HIDDEN.
-
-    Raises:
-        UnsupportedModelError: The order or the hand-over is not a chain's.
-    """
-    order = [index for index, _, _ in seen]
-    if order != list(range(len(blocks.blocks))):
-        raise UnsupportedModelError(
-            f"the forward calls the blocks of '{blocks.prefix}' in the order {order[:12]}, not once "
-            "each from first to last"
-        )
-    place = _hidden_place(blocks, seen, outputs)
-    hidden, calls = None, []
-    for _, args, kwargs in seen:
-        bound: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        hidden = bound[place] if hidden is None else hidden
-        positional = tuple(HIDDEN if i == place else value for i, value in enumerate(args))
-        named = {k: HIDDEN if k == place else value for k, value in kwargs.items()}
-        calls.append(Call(positional, named))
-    assert isinstance(hidden, Tensor)
-    return Recording(hidden, tuple(calls))
-
-
-def _hidden_place(
-    blocks: BlockList,
-    seen: Sequence[tuple[int, tuple[Any, ...], dict[str, Any]]],
-    outputs: Sequence[Tensor],
-) -> int | str:
-    """Where blocks take the hidden state: a position or a keyword, the same in every block."""
-    places: set[int | str] = set()
-    for (index, args, kwargs), output in zip(seen[1:], outputs, strict=False):
-        bound: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        found = [place for place, value in bound.items() if value is output]
-        if not found:
-            raise UnsupportedModelError(
-                f"'{blocks.name(index)}' is not handed the output of '{blocks.name(index - 1)}' as it "
-                "is; the model does something to it in between"
+    def stub(self, index: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any block's forward
+        """Record one call and return a fresh tensor in the shape of the hidden state."""
+        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        place = next((p for p, v in given.items() if v is self._last and v is not None), None)
+        if self._last is None:
+            self._first = given
+            place = next((p for p, v in given.items() if isinstance(v, Tensor)), None)
+        elif place is not None:
+            self._places.add(place)
+        if place is None:
+            raise UnsupportedModelError(self._no_chain(index))
+        self._order.append(index)
+        self._calls.append(
+            Call(
+                tuple(HIDDEN if i == place else value for i, value in enumerate(args)),
+                {k: HIDDEN if k == place else value for k, value in kwargs.items()},
             )
-        places.add(found[0])
-    if len(places) > 1:
-        raise UnsupportedModelError(f"the blocks of '{blocks.prefix}' take their input differently")
-    if places:
-        return places.pop()
-    return 0 if seen[0][1] else "hidden_states"
+        )
+        hidden = given[place]
+        noise = 1.0 + torch.arange(hidden.shape[-1]) * 0.125
+        # A view is a new object too: its identity shows whether the model hands it on as it is.
+        self._last = (hidden + noise).to(hidden.dtype) if self._perturb else hidden.detach()
+        return self._last if self._wrap == "tensor" else (self._last,)
+
+    def stop_after_blocks(self, *_: object) -> None:
+        """Hook of everything outside the blocks: after the last block nothing else is run."""
+        if len(self._order) >= len(self._blocks.blocks):
+            raise _FinishedError
+
+    def recording(self) -> Recording:
+        """What was recorded.
+
+        Raises:
+            UnsupportedModelError: The blocks were not called in order, or not in one way.
+        """
+        if self._order != list(range(len(self._blocks.blocks))):
+            raise UnsupportedModelError(
+                f"the forward calls the blocks of '{self._blocks.prefix}' in the order "
+                f"{self._order[:12]}, not once each from first to last"
+            )
+        first_place = self._place_of_first()
+        if len(self._places | {first_place}) > 1:
+            raise UnsupportedModelError(
+                f"the blocks of '{self._blocks.prefix}' take their input differently"
+            )
+        return Recording(self._first[first_place].clone(), tuple(self._calls))
+
+    def _place_of_first(self) -> int | str:
+        """Where the first block takes the hidden state."""
+        call = self._calls[0]
+        given: dict[int | str, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+        return next(place for place, value in given.items() if value is HIDDEN)
+
+    def _no_chain(self, index: int) -> str:
+        if self._last is None:
+            return "a block is called without any tensor"
+        return (
+            f"'{self._blocks.name(index)}' is not handed the output of the block before it as it is; the "
+            "model does something to it in between"
+        )
 
 
 def _require_chain(name: str, call: Call, other: Call) -> None:

@@ -46,9 +46,7 @@ class ShiftMoment:
     def __init__(self, update_OI: Tensor) -> None:
         self._update_IO = update_OI.double().T
         outputs = update_OI.shape[0]
-        self._sum_OO = torch.zeros(
-            outputs, outputs, dtype=torch.float64, device=update_OI.device
-        )
+        self._sum_OO = torch.zeros(outputs, outputs, dtype=torch.float64, device=update_OI.device)
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:

@@ -1,7 +1,7 @@
 """From a manifest to a plan: open the inputs, decide every tensor's treatment, build the tasks."""
 
 from esm_stream.manifest import Manifest
-from esm_stream.planning.opening import Opened, open_inputs
+from esm_stream.planning.opening import Opened, open_inputs, ready_tokens
 from esm_stream.planning.plan import SCHEMA, ChainPlan, Plan, version
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
@@ -69,9 +69,8 @@ def _tokens_per_sample(opened: Opened) -> int:
         for expert in manifest.experts
         if (source := manifest.calibration_of(expert)) is not None
     }
-    if "text" in kinds:
-        return max(manifest.calibration.max_length, opened.chain.tokens)
-    return opened.chain.tokens
+    texts = manifest.calibration.max_length if "text" in kinds else 0
+    return max(texts, ready_tokens(manifest) or 0, opened.chain.tokens)
 
 
 def _silent_notes(opened: Opened) -> list[str]:

@@ -199,6 +199,7 @@ def _dummy_sample(manifest: Manifest) -> "dict[str, torch.Tensor] | None":
     """One sample in the shapes of the first expert's ready-made inputs, or None for other sources."""
     import torch
 
+    from esm_stream.calibration.chain import DUMMY_TOKENS
     from esm_stream.calibration.proxies import kind_of_source
     from esm_stream.checkpoints.header import read_header
 
@@ -206,9 +207,27 @@ def _dummy_sample(manifest: Manifest) -> "dict[str, torch.Tensor] | None":
     if source is None or kind_of_source(source) != "inputs":
         return None
     sample = {}
-    for name, info in read_header(source).tensors.items():
+    tensors = read_header(source).tensors
+    length = ready_tokens(manifest)
+    for name, info in tensors.items():
         if info.kind.torch_name is None:
             raise InputError([f"{source}: tensor '{name}' has a dtype that no model takes"])
-        shape = (1, *info.shape[1:])
-        sample[name] = torch.ones(shape, dtype=torch_dtype(info.kind.torch_name))
+        # Few tokens show the same structure as many; images keep their size.
+        shape = [min(n, DUMMY_TOKENS) if n == length else n for n in info.shape[1:]]
+        sample[name] = torch.ones((1, *shape), dtype=torch_dtype(info.kind.torch_name))
     return sample
+
+
+def ready_tokens(manifest: Manifest) -> int | None:
+    """Most tokens of a sample among ready-made token ids; None for other sources."""
+    from esm_stream.calibration.proxies import kind_of_source
+    from esm_stream.checkpoints.header import read_header
+
+    lengths = []
+    for expert in manifest.experts:
+        source = manifest.calibration_of(expert)
+        if source is not None and kind_of_source(source) == "inputs":
+            ids = read_header(source).tensors.get("input_ids")
+            if ids is not None and ids.ndim == 2:
+                lengths.append(ids.shape[1])
+    return max(lengths, default=None)

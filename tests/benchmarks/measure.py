@@ -1,0 +1,78 @@
+"""Run a command and measure it from outside: peak anonymous memory, CPU seconds, wall, bytes read."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.01
+IMPORTS = (
+    "import torch, transformers, zarr, distributed;"
+    "from esm_stream import engine; from esm_stream.calibration import skeleton, chain;"
+    "from transformers.models.llama import modeling_llama"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process used."""
+
+    exit_code: int
+    peak_anon: int
+    cpu_seconds: float
+    wall_seconds: float
+    peak_rss: int
+
+
+def measure(command: list[str], *, env: dict[str, str] | None = None) -> Measured:
+    """Run a command to its end, sampling RssAnon of its process every 10 ms."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL
+    )
+    peak = 0
+    status = Path(f"/proc/{process.pid}/status")
+    while True:
+        pid, code, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        peak = max(peak, _rss_anon(status))
+        time.sleep(SAMPLE_SECONDS)
+    wall = time.monotonic() - started
+    cpu = usage.ru_utime + usage.ru_stime
+    return Measured(os.waitstatus_to_exitcode(code), peak, cpu, wall, usage.ru_maxrss * 1024)
+
+
+def _rss_anon(status: Path) -> int:
+    try:
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def import_base() -> Measured:
+    """What the imports of a merge cost by themselves."""
+    return measure([sys.executable, "-c", IMPORTS])
+
+
+def machine() -> str:
+    """One line about machine and versions, for result files."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    names = ("torch", "transformers", "zarr", "dask", "safetensors", "esm-stream")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores, Python {platform.python_version()}, {versions}"
