@@ -43,7 +43,7 @@ def parse_size(text: str | int) -> int:
     unit = UNITS.get((match[2] or "B").upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size <= 0:
-        raise ManifestError(f"'{text}' is not a size; write for example \"8GiB\" or \"500MB\"")
+        raise ManifestError(f'\'{text}\' is not a size; write for example "8GiB" or "500MB"')
     return size
 
 
@@ -75,7 +75,7 @@ def eigh_bytes(side: int) -> int:
 
 
 def eigh_flops(side: int) -> float:
-    """Operations of a full symmetric eigendecomposition (reduction, divide and conquer, vectors)."""
+    """Operations of a symmetric eigendecomposition: reduction, divide and conquer, vectors."""
     return 9.0 * side**3
 
 
@@ -123,4 +123,9 @@ def combine_flops(outputs: int, inputs: int, columns: int) -> float:
     """Operations of both polar factors and their product."""
     left, right = min(outputs, columns), min(inputs, columns)
     polar = 4.0 * outputs * columns * left + eigh_flops(left)
-    return polar + 4.0 * inputs * columns * right + eigh_flops(right) + 2.0 * outputs * columns * inputs
+    return (
+        polar
+        + 4.0 * inputs * columns * right
+        + eigh_flops(right)
+        + 2.0 * outputs * columns * inputs
+    )

@@ -135,7 +135,7 @@ def remaining(plan: Plan) -> set[str]:
 
 
 def _todo(plan: Plan) -> set[str]:
-    """Tasks to run; markers of all others are dropped, and so is a complete mark that is not true."""
+    """Tasks to run; their markers are dropped, and so is a complete mark that is not true."""
     todo = remaining(plan)
     for key in todo:
         plan.directory.forget(key)
@@ -168,8 +168,8 @@ def _require_same(plan: Plan, *, restart: bool) -> None:
         raise ChangedError(
             f"{plan.work} belongs to a merge with other options:\n  "
             + "\n  ".join(lines)
-            + "\nRun with --restart to continue with the new options (what they do not touch is kept), "
-            "or choose another [run] work."
+            + "\nRun with --restart to continue with the new options (what they do not touch is "
+            "kept), or choose another [run] work."
         )
 
 
@@ -192,8 +192,8 @@ def _require_own_output(plan: Plan) -> None:
     if names and not names & known and not (plan.output / COMPLETE).is_file():
         raise InputError(
             [
-                f"{plan.output}: holds files that are not of this merge ({', '.join(sorted(names)[:5])}); "
-                "choose another [output] path"
+                f"{plan.output}: holds files that are not of this merge "
+                f"({', '.join(sorted(names)[:5])}); choose another [output] path"
             ]
         )
     if names & known and not plan.directory.plan.is_file():
@@ -242,8 +242,8 @@ def _require_space(plan: Plan, todo: set[str]) -> None:
     if need > free:
         raise BudgetError(
             f"{plan.work}: the work directory may need {format_size(need)} more, "
-            f"{format_size(free)} are free. Free some space, put [run] work on another disk, or lower "
-            "[merge.options] rank_factor."
+            f"{format_size(free)} are free. Free some space, put [run] work on another disk, or "
+            "lower [merge.options] rank_factor."
         )
 
 

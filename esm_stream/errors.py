@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class EsmStreamError(Exception):
-    """Base of all errors that a user can act on; the CLI prints the text and exits with the code."""
+    """Base of all errors a user can act on; the CLI prints the text and exits with the code."""
 
     exit_code = 1
 

@@ -279,13 +279,17 @@ def _explain(detail: ErrorDetails, document: dict[str, Any]) -> str:
     return f"{place}: {message}{shown}"
 
 
+# What pydantic calls the branches of a union in a location.
+_UNION_BRANCHES = ("literal", "function", "constrained", "float", "int", "str")
+
+
 def _place(loc: Sequence[int | str], document: dict[str, Any]) -> str:
     """A location as written in the manifest, experts by name: experts[1] "math": model."""
     text, here = "", document
     for step in loc:
-        if isinstance(step, str) and not (isinstance(here, dict) and step in here) and text:
-            if step.startswith(("literal", "function", "constrained", "float", "int", "str")):
-                continue  # pydantic's names for the branches of a union
+        known = isinstance(here, dict) and step in here
+        if text and not known and isinstance(step, str) and step.startswith(_UNION_BRANCHES):
+            continue
         here = _step(here, step)
         if isinstance(step, int):
             name = here.get("name") if isinstance(here, dict) else None

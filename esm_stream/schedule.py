@@ -81,9 +81,7 @@ def _drop_consumed_states(plan: Plan, task: Task) -> None:
         plan.directory.hidden(task.expert, task.block).unlink(missing_ok=True)
 
 
-def run_tasks(
-    plan: Plan, keys: list[str], scheduler: str, parallel: int, report: Report
-) -> None:
+def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report: Report) -> None:
     """Run the given tasks, each after those it depends on, and report each when it is done.
 
     Args:
@@ -139,8 +137,8 @@ def _run_in_process(
     plan: Plan, graph: Mapping[str, tuple[Any, ...]], scheduler: str, parallel: int, report: Report
 ) -> None:
     """Dask's synchronous or threaded scheduler."""
-    import dask
     from dask.callbacks import Callback
+    from dask.local import get_sync
 
     gate = _Gate(plan.memory)
 
@@ -153,7 +151,7 @@ def _run_in_process(
 
     waiting = {node: (admitted, *call[1:]) for node, call in graph.items()}
     with Callback(posttask=done):
-        get = dask.get if scheduler == "sync" else _threaded_get(parallel)
+        get = get_sync if scheduler == "sync" else _threaded_get(parallel)
         get(waiting, list(waiting))
 
 
@@ -282,7 +280,9 @@ def _run_distributed(
         "retries": 0,
     }
     layer = MaterializedLayer(dict(graph), annotations=annotations)
-    futures = client.get(HighLevelGraph({"merge": layer}, {"merge": set()}), list(graph), sync=False)
+    futures = client.get(
+        HighLevelGraph({"merge": layer}, {"merge": set()}), list(graph), sync=False
+    )
     failure: BaseException | None = None
     waiting = as_completed(futures, loop=client.loop)
     try:

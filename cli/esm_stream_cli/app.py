@@ -8,9 +8,9 @@ from esm_stream import __version__
 from esm_stream_cli import demo, merge, plan, schema, status
 
 EPILOG = (
-    "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 manifest, 4 inputs, 5 model cannot be "
-    "streamed, 6 memory or disk, 7 work directory in use, 8 options changed, 9 NaN or damaged data, "
-    "10 a task failed, 130 stopped on request."
+    "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 manifest, 4 inputs, 5 model "
+    "cannot be streamed, 6 memory or disk, 7 work directory in use, 8 options changed, 9 NaN or "
+    "damaged data, 10 a task failed, 130 stopped on request."
 )
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app.command("demo")(demo.demo)
 app.command("schema")(schema.schema)
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's callback signature
+def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"esm-stream {__version__}")
         raise typer.Exit

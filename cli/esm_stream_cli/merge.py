@@ -38,7 +38,7 @@ def merge(
     scheduler: Annotated[
         str,
         typer.Option(
-            help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a scheduler file."
+            help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a file."
         ),
     ] = "local",
     restart: Annotated[

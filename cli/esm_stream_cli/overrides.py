@@ -15,12 +15,8 @@ Memory = Annotated[
     str | None,
     typer.Option(help='Memory of all tasks in flight, such as "8GiB".', show_default="manifest"),
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="manifest")
-]
-Work = Annotated[
-    Path | None, typer.Option(help="Work directory.", show_default="manifest")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="manifest")]
+Work = Annotated[Path | None, typer.Option(help="Work directory.", show_default="manifest")]
 Parallel = Annotated[
     int | None,
     typer.Option(min=1, help="Tasks at once in this process.", show_default="manifest"),

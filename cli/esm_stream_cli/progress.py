@@ -1,4 +1,4 @@
-"""How a run is shown: bars per stage on a terminal, plain lines elsewhere, JSON events, or nothing."""
+"""How a run is shown: bars per stage on a terminal, lines elsewhere, JSON events, or nothing."""
 
 import sys
 import time
@@ -111,7 +111,8 @@ def _lines(plan: "Plan", todo: set[str]) -> Listener:
             clock["last"] = now
             what = f"{NAMES[event.stage]} done" if left[event.stage] == 0 else event.task
             typer.echo(
-                f"{counts['tasks']}/{len(todo)} tasks, {format_size(counts['bytes'])} moved: {what}",
+                f"{counts['tasks']}/{len(todo)} tasks, "
+                f"{format_size(counts['bytes'])} moved: {what}",
                 err=True,
             )
 

@@ -15,7 +15,7 @@ def status(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show what is done, what remains and how to go on. Changes nothing, also while a merge runs."""
+    """Show what is done, what remains and how to go on. Changes nothing."""
     with clear_errors():
         from esm_stream.engine import progress_of
 

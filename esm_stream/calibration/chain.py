@@ -132,7 +132,7 @@ def _fill_with_constants(model: nn.Module, lists: Sequence[BlockList]) -> None:
             put_tensor(model, name, _constant(tuple(value.shape), value.dtype))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            module.forward = _lookup_of_constant(module)
+            module.forward = _lookup_of_constant(module)  # type: ignore[method-assign, assignment]
 
 
 def _constant(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -140,7 +140,7 @@ def _constant(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _lookup_of_constant(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
-    """A lookup that gives what the table would; torch would first make the whole table contiguous."""
+    """A lookup that gives what the table would; torch would first copy the whole table."""
     width, dtype = module.embedding_dim, module.weight.dtype
     return lambda ids: _constant((*ids.shape, width), dtype).clone()
 
@@ -228,6 +228,13 @@ def _forward_flags(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
 
+def _by_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    """Arguments by position and keyword."""
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs)
+    return given
+
+
 class _Recorder:
     """Stands in for all blocks of one forward; keeps one hidden state, however many blocks."""
 
@@ -243,7 +250,7 @@ class _Recorder:
 
     def stub(self, index: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any block's forward
         """Record one call and return a fresh tensor in the shape of the hidden state."""
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        given = _by_place(args, kwargs)
         place = next((p for p, v in given.items() if v is self._last and v is not None), None)
         if self._last is None:
             self._first = given
@@ -291,15 +298,15 @@ class _Recorder:
     def _place_of_first(self) -> int | str:
         """Where the first block takes the hidden state."""
         call = self._calls[0]
-        given: dict[int | str, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+        given = _by_place(call.args, call.kwargs)
         return next(place for place, value in given.items() if value is HIDDEN)
 
     def _no_chain(self, index: int) -> str:
         if self._last is None:
             return "a block is called without any tensor"
         return (
-            f"'{self._blocks.name(index)}' is not handed the output of the block before it as it is; the "
-            "model does something to it in between"
+            f"'{self._blocks.name(index)}' is not handed the output of the block before it as it "
+            "is; the model does something to it in between"
         )
 
 
@@ -356,8 +363,12 @@ def _observe(
     twin = copy.deepcopy(block).to("meta")
     layouts = {n: layout for n, m in twin.named_modules() if (layout := layout_of(m)) is not None}
     inputs: dict[str, Tensor] = {}
+
+    def remember(name: str, x: Tensor) -> None:
+        inputs.setdefault(name, x)
+
     try:
-        with observe_inputs({n: twin.get_submodule(n) for n in layouts}, inputs.setdefault):
+        with observe_inputs({n: twin.get_submodule(n) for n in layouts}, remember):
             output = run_call(twin, call, hidden.to("meta"), torch.device("meta"))
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedModelError(
@@ -365,7 +376,7 @@ def _observe(
         ) from error
     if isinstance(output, tuple) != (wrap == "tuple"):
         raise UnsupportedModelError(
-            f"{type(block).__name__} returns a {type(output).__name__}, but the model reads a {wrap}"
+            f"{type(block).__name__} returns a {type(output).__name__}, the model reads a {wrap}"
         )
     leaders: dict[int, str] = {}
     observed = tuple(

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a module stores its matrix: outputs O, inputs I, and whether as (I, O) instead of (O, I)."""
+    """How a module stores its matrix: O outputs, I inputs; `transposed` as (I, O)."""
 
     outputs: int
     inputs: int
@@ -18,7 +18,7 @@ class Layout:
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The matrix of a module whose input can be observed, or None: nn.Linear, Conv1D, subclasses."""
+    """The matrix of a module whose input can be observed (Linear, Conv1D, subclasses), or None."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None

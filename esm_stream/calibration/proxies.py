@@ -54,8 +54,8 @@ def kind_of_source(path: Path) -> str:
     if path.suffix not in kinds:
         raise InputError(
             [
-                f"{path}: calibration data of an unknown kind; expected .jsonl or .txt (texts), .npz "
-                "or a folder (images), or .safetensors (ready-made model inputs)"
+                f"{path}: calibration data of an unknown kind; expected .jsonl or .txt (texts), "
+                ".npz or a folder (images), or .safetensors (ready-made model inputs)"
             ]
         )
     return kinds[path.suffix]
@@ -99,7 +99,7 @@ def draw(available: int, wanted: int, seed: int) -> list[int]:
 
 
 def micro_batches(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Stack samples of equal shapes, at most MICRO_BATCH_TOKENS tokens at a time, in stable order."""
+    """Stack samples of equal shapes, at most MICRO_BATCH_TOKENS tokens at a time."""
 
     def signature(sample: dict[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return tuple((name, tuple(value.shape)) for name, value in sorted(sample.items()))

@@ -85,7 +85,7 @@ class Skeleton:
         return result
 
     def modality(self) -> str:
-        """ "vision" if the model's main input is pixels, else "language"."""
+        """Whether the main input is pixels ("vision") or anything else ("language")."""
         return "vision" if self.model.main_input_name == "pixel_values" else "language"
 
 
@@ -100,10 +100,13 @@ def load_config(root: Path) -> PretrainedConfig:
         UnsupportedModelError: transformers does not know the architecture.
     """
     try:
-        return AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            root, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"{root}/config.json: {reason}") from error
+    return config
 
 
 def build_skeleton(root: Path, tensor_names: tuple[str, ...], dtype: torch.dtype) -> Skeleton:
@@ -132,7 +135,7 @@ def _build(
     config = load_config(root)
     architecture = _model_class(config)
     with _BUILD_LOCK, _on_meta():
-        model = architecture._from_config(config, dtype=dtype)  # noqa: SLF001 - what from_pretrained does
+        model = architecture._from_config(config, dtype=dtype)
     model.eval()
     return Skeleton(model, *_join(model, tensor_names))
 
@@ -145,10 +148,11 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         architecture = getattr(transformers, name, None)
         if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
             return architecture
-    mapping = AutoModel._model_mapping  # noqa: SLF001 - no public lookup without building
+    mapping = AutoModel._model_mapping
     if type(config) in mapping:
-        found: type[PreTrainedModel] = mapping[type(config)]
-        return found
+        found = mapping[type(config)]
+        chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found  # type: ignore[assignment]
+        return chosen
     raise UnsupportedModelError(
         f"transformers has no class for architectures {config.architectures} "
         f"of model type '{config.model_type}'"
@@ -157,7 +161,7 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 @contextmanager
 def _on_meta() -> Generator[None]:
-    """While active, every parameter is moved to the meta device as it is registered; buffers stay."""
+    """While active, parameters are moved to the meta device as they are registered."""
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

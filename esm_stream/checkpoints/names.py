@@ -85,7 +85,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def fused_name(names: Iterable[str]) -> str:
-    """One name for matrices that are merged as one: "attn.q_proj.weight" ... -> "attn.{q_proj,...}.weight"."""
+    """One name for matrices merged as one: "a.q.weight", "a.k.weight" -> "a.{q,k}.weight"."""
     parts = [name.split(".") for name in names]
     place = next(i for i in range(len(parts[0])) if len({tuple(p[i : i + 1]) for p in parts}) > 1)
     joined = ",".join(p[place] for p in parts)

@@ -6,7 +6,7 @@ Options and profiles are read without torch; a method's numerics are imported wh
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -41,6 +41,22 @@ def _average(options: AverageOptions, modality: Modality) -> Average:  # noqa: A
     from esm_stream.methods.average import Average
 
     return Average()
+
+
+class Choice(Protocol):
+    """A method by name with its options, as a plan keeps it."""
+
+    @property
+    def name(self) -> str:
+        """One of `available()`."""
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """Options as the manifest has them."""
+
+    @property
+    def modality(self) -> Modality:
+        """What the model reads."""
 
 
 _Entry = tuple[type[BaseModel], "Callable[..., ElementwiseMethod | FactorMethod]"]
@@ -84,6 +100,27 @@ def create(
     except ValidationError as error:
         lines = [_explain(name, model, mistake) for mistake in error.errors()]
         raise ManifestError("\n".join(lines)) from error
+
+
+def is_factor_method(
+    method: ElementwiseMethod | FactorMethod,
+) -> TypeGuard[FactorMethod]:
+    """Whether a method merges one matrix at a time from thin factors."""
+    return hasattr(method, "factor")
+
+
+def factor_method(choice: Choice) -> FactorMethod:
+    """The method of a choice that the plan has found to be a factor method."""
+    method = create(choice.name, choice.options, choice.modality)
+    assert is_factor_method(method)
+    return method
+
+
+def elementwise_method(choice: Choice) -> ElementwiseMethod:
+    """The method of a choice that the plan has found to be an elementwise method."""
+    method = create(choice.name, choice.options, choice.modality)
+    assert not is_factor_method(method)
+    return cast("ElementwiseMethod", method)
 
 
 def _entry(name: str) -> _Entry:

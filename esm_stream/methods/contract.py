@@ -48,7 +48,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The merged update of one matrix, before layer scaling and alpha, and what is worth a report."""
+    """The merged update of one matrix before layer scaling and alpha, with figures for reports."""
 
     update_OI: Tensor
     diagnostics: Diagnostics = field(default_factory=dict)
@@ -73,7 +73,7 @@ class FactorMethod(Protocol):
         """Largest number of columns K that `factor` keeps of an update of `shape` (O, I)."""
 
     def identity(self, step: Literal["factor", "combine"]) -> Mapping[str, object]:
-        """What of the options decides the numbers of `factor` alone, or of `combine` given factors."""
+        """Options that decide the numbers of `factor`, or those of `combine` given factors."""
 
     def factor(self, update_OI: Tensor, moment: Moment | None, num_experts: int) -> Factors:
         """Reduce one expert's update; deterministic, rank at most `rank(...)`."""

@@ -2,9 +2,10 @@
 
 from esm_stream.manifest import Manifest
 from esm_stream.planning.opening import Opened, open_inputs, ready_tokens
-from esm_stream.planning.plan import SCHEMA, ChainPlan, Plan, version
+from esm_stream.planning.plan import ChainPlan, Plan, version
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
+from esm_stream.store.work import SCHEMA
 from esm_stream.write.shards import plan_shards
 
 

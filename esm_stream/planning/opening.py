@@ -15,7 +15,7 @@ from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoi
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
 from esm_stream.manifest import Manifest
-from esm_stream.methods import create, options_model
+from esm_stream.methods import create
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def compute_dtype(manifest: Manifest, base: Checkpoint) -> str:
-    """Arithmetic of the forward: as the manifest says, or the dtype most of the base is stored in."""
+    """Arithmetic of the forward: the manifest's, or the dtype most of the base is stored in."""
     if manifest.calibration.dtype != "base":
         return manifest.calibration.dtype
     sizes: dict[str, int] = {}
@@ -124,7 +124,9 @@ def _check_methods(manifest: Manifest) -> None:
 def _needs_data(manifest: Manifest) -> bool:
     """Whether any method of the manifest looks at activations."""
     chosen = [(manifest.merge.method, manifest.merge.options)]
-    chosen += [(r.method, r.options) for r in manifest.merge.rules if r.method not in (None, "base")]
+    chosen += [
+        (r.method, r.options) for r in manifest.merge.rules if r.method not in (None, "base")
+    ]
     methods: list[ElementwiseMethod | FactorMethod] = [
         create(str(name), options, "language") for name, options in chosen
     ]
@@ -184,8 +186,8 @@ def _config_notes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[s
         other = sorted(k for k in keys if base.config.get(k) != expert.config.get(k))
         if other:
             notes.append(
-                f'config.json of expert "{name}" differs from the base\'s in: {", ".join(other)}; its '
-                "forward uses its own, the merged model gets the base's"
+                f'config.json of expert "{name}" differs from the base\'s in: {", ".join(other)}; '
+                "its forward uses its own, the merged model gets the base's"
             )
     return notes
 
@@ -196,7 +198,7 @@ def _modality_of(base: Checkpoint) -> Modality:
 
 
 def _dummy_sample(manifest: Manifest) -> "dict[str, torch.Tensor] | None":
-    """One sample in the shapes of the first expert's ready-made inputs, or None for other sources."""
+    """One sample shaped as the first expert's ready-made inputs; None for other sources."""
     import torch
 
     from esm_stream.calibration.chain import DUMMY_TOKENS

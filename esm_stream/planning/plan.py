@@ -233,7 +233,9 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flatten(value, f"{name}.")
         elif isinstance(value, Sequence) and not isinstance(value, str) and value:
             named = {
-                f"[{item['name']}]" if isinstance(item, Mapping) and "name" in item else f"[{i}]": item
+                f"[{item['name']}]"
+                if isinstance(item, Mapping) and "name" in item
+                else f"[{i}]": item
                 for i, item in enumerate(value)
             }
             yield from flatten(named, name)

@@ -9,13 +9,13 @@ cache) and the merges of that block; scales; writes; seals; finish.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from esm_stream import budget
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.errors import BudgetError
-from esm_stream.methods import create
+from esm_stream.methods import factor_method
 from esm_stream.planning.opening import Opened
 from esm_stream.planning.plan import ChainPlan, Matrix, Task, digest, topological
 from esm_stream.planning.treatments import Treatments
@@ -25,14 +25,6 @@ GROUP_BYTES = 256 << 20
 # Widest intermediate of a block in units of one float32 per token and feature of its widest matrix:
 # gate, up, their product, attention's q, k, v and output, norms.
 ACTIVATION_BUFFERS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    """Bytes of tensors in base and experts."""
-
-    base: int
-    expert: int
 
 
 class TaskBuilder:
@@ -134,7 +126,7 @@ class TaskBuilder:
                 [checkpoint.identity(name) for name in tensors],
                 [self._opened.base.identity(p.tensor) for m in matrices for p in m.parts],
                 [[m.name, m.parts, m.rank, m.moment, m.leader] for m in matrices],
-                [create_identity(m, "factor", self._num_experts) for m in matrices],
+                [_method_identity(m, "factor", self._num_experts) for m in matrices],
             ],
             reads=tuple(tensors),
             writes=tuple(f"factors.zarr/{m.name}" for m in matrices),
@@ -156,7 +148,7 @@ class TaskBuilder:
     def _forward_peak(
         self, checkpoint: Checkpoint, tensors: Sequence[str], matrices: Sequence[Matrix], block: int
     ) -> int:
-        """Block (if it must be converted), hidden states, all moments, one matrix being factored."""
+        """Block (if converted), hidden states, all moments, one matrix being factored."""
         assert self._opened.chain is not None
         assert self._chain is not None
         sides: dict[object, int] = {}
@@ -204,7 +196,7 @@ class TaskBuilder:
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
             identity = [
                 [c.identity(n) for c in everyone for n in names],
-                create_identity(m, "factor", self._num_experts),
+                _method_identity(m, "factor", self._num_experts),
             ]
         return self._task(
             self._update_keys[m.name],
@@ -216,7 +208,7 @@ class TaskBuilder:
                 m.transposed,
                 m.rank,
                 [list(self._opened.experts)],
-                create_identity(m, "combine", self._num_experts),
+                _method_identity(m, "combine", self._num_experts),
                 *identity,
             ],
             reads=() if m.moment else tuple(names),
@@ -276,8 +268,13 @@ class TaskBuilder:
             identity.append(self._opened.base.identity(plan.name))
             if plan.treatment == "factors":
                 matrix = self._treatments.matrices[str(plan.matrix)]
-                after.append(f"scale/{matrix.group}" if matrix.scaled else self._update_keys[matrix.name])
-            elif plan.treatment == "elementwise" or not self._opened.base.tensors[plan.name].kind.is_float:
+                after.append(
+                    f"scale/{matrix.group}" if matrix.scaled else self._update_keys[matrix.name]
+                )
+            elif (
+                plan.treatment == "elementwise"
+                or not self._opened.base.tensors[plan.name].kind.is_float
+            ):
                 experts = [e for e in self._opened.experts.values() if plan.name in e.tensors]
                 read += _sizes_any(experts, plan.name)
                 identity += [e.identity(plan.name) for e in experts]
@@ -292,7 +289,9 @@ class TaskBuilder:
             writes=(layout.file_name,),
             read_bytes=read,
             write_bytes=sum(layout.tensors[name].nbytes for name in names),
-            peak_bytes=budget.TASK_OVERHEAD + 6 * max(budget.PANEL_BYTES, 4 * widest) + 64 * budget.MIB,
+            peak_bytes=budget.TASK_OVERHEAD
+            + 6 * max(budget.PANEL_BYTES, 4 * widest)
+            + 64 * budget.MIB,
             subject=layout.file_name,
             tensors=tuple(names),
         )
@@ -373,10 +372,9 @@ class TaskBuilder:
         )
 
 
-def create_identity(m: Matrix, stage: str, num_experts: int) -> object:
+def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts: int) -> object:
     """What of a method's options decides its factors or their combination."""
-    method = create(m.method.name, m.method.options, m.method.modality)
-    assert hasattr(method, "identity")
+    method = factor_method(m.method)
     return [m.method.name, num_experts, method.identity(stage)]
 
 
@@ -390,9 +388,9 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
     if largest.peak_bytes > memory:
         over = sum(task.peak_bytes > memory for task in tasks.values())
         raise BudgetError(
-            f"task '{largest.key}' needs {budget.format_size(largest.peak_bytes)} of memory; the budget "
-            f"is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). Raise "
-            "[run] memory or --memory, or lower the size of the factors: [merge.options] rank or "
+            f"task '{largest.key}' needs {budget.format_size(largest.peak_bytes)} of memory; the "
+            f"budget is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). "
+            "Raise [run] memory or --memory, or lower the size of the factors: [merge.options] rank or "
             'rank_factor, or a rule with method = "average" for the largest matrices.'
         )
 
@@ -478,7 +476,7 @@ OUR_FILES = ("README.md", "report.json", "complete.json")
 
 
 def model_files(root: Path) -> list[Path]:
-    """Files of a model directory that belong to the merged model too: config, tokenizer, processor."""
+    """Files of a model that its merged model has too: config, tokenizer, processor."""
     return [
         path
         for path in sorted(root.iterdir())

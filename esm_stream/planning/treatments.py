@@ -1,7 +1,7 @@
 """Which tensor is merged how: rules first, then the method's targets, then the rest.
 
 From:  opening.py.
-To:    tasks.py: `TensorPlan` for every tensor of the output, `Matrix` for what is merged by factors.
+To:    tasks.py: `TensorPlan` for every tensor, `Matrix` for what is merged by factors.
 
 In this order: [base] skip and integer tensors are copied; the first matching rule decides; tensors
 that the profile says not to merge are copied; the method's own matrices go to it; other matrices to
@@ -12,10 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from esm_stream.checkpoints.header import TensorInfo
-from esm_stream.checkpoints.names import block_of, compile_pattern, fused_name, kind_of, matcher, role_of
+from esm_stream.checkpoints.names import (
+    block_of,
+    compile_pattern,
+    fused_name,
+    kind_of,
+    matcher,
+    role_of,
+)
 from esm_stream.errors import ManifestError
 from esm_stream.manifest import Rule
-from esm_stream.methods import create
+from esm_stream.methods import create, factor_method, is_factor_method
 from esm_stream.methods.contract import ElementwiseMethod, FactorMethod
 from esm_stream.methods.esm import Esm
 from esm_stream.methods.profiles import Profile, default_alpha
@@ -81,12 +88,16 @@ class Treatments:
             if skipped(name):
                 self.tensors[name] = TensorPlan(name, "copy", why="[base] skip")
             elif not info.kind.is_float:
-                self.tensors[name] = TensorPlan(name, "copy", why=f"{info.dtype}: equal in all models")
+                self.tensors[name] = TensorPlan(
+                    name, "copy", why=f"{info.dtype}: equal in all models"
+                )
             else:
                 choice = self._choose(info)
                 if choice is None:
-                    self.tensors[name] = TensorPlan(name, "copy", why="a rule or the profile says base")
-                elif hasattr(self._method(choice.method), "factor"):
+                    self.tensors[name] = TensorPlan(
+                        name, "copy", why="a rule or the profile says base"
+                    )
+                elif is_factor_method(self._method(choice.method)):
                     waiting.append((info, choice))
                     self.tensors[name] = TensorPlan(name, "factors", choice.alpha, why=choice.why)
                 else:
@@ -123,26 +134,28 @@ class Treatments:
             return None
         choice = MethodChoice(str(rule.method), rule.options, self.opened.modality)
         method = self._method(choice)
-        if hasattr(method, "factor"):
+        if is_factor_method(method):
             if info.ndim != 2:
                 raise ManifestError(
-                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}' of shape "
-                    f"{info.shape}; this method merges matrices only"
+                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}' of "
+                    f"shape {info.shape}; this method merges matrices only"
                 )
             if method.uses_moments and info.name not in self.observed:
                 raise ManifestError(
-                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}', whose "
-                    'inputs cannot be observed; set options = { decomposition = "svd" }'
+                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}', "
+                    'whose inputs cannot be observed; set options = { decomposition = "svd" }'
                 )
         alpha = self.alpha if choice == self._main else 1.0
-        return _Choice(choice, alpha if rule.alpha is None else rule.alpha, f"rule '{rule.tensors}'")
+        return _Choice(
+            choice, alpha if rule.alpha is None else rule.alpha, f"rule '{rule.tensors}'"
+        )
 
     def _by_default(self, info: TensorInfo) -> _Choice:
         """The main method where it applies, else `other_matrices` or the average."""
         average = MethodChoice("average", {}, self.opened.modality)
         if self.profile is None:
             main = self._method(self._main)
-            if not hasattr(main, "factor") or info.ndim == 2:
+            if not is_factor_method(main) or info.ndim == 2:
                 return _Choice(self._main, self.alpha, "the method")
             return _Choice(average, 1.0, f"{info.ndim}-dimensional")
         if self._is_target(info, self.profile):
@@ -159,7 +172,9 @@ class Treatments:
         assert isinstance(method, Esm)
         if info.ndim != 2:
             return False
-        in_block = info.name in self.observed if method.uses_moments else block_of(info.name) is not None
+        in_block = (
+            info.name in self.observed if method.uses_moments else block_of(info.name) is not None
+        )
         if not in_block or profile.targets == "all":
             return in_block
         kind = kind_of(info.name)
@@ -182,8 +197,7 @@ class Treatments:
         transposed = seen.transposed if seen else False
         shapes = [tuple(reversed(i.shape)) if transposed else i.shape for i in infos]
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
-        method = self._method(choice.method)
-        assert hasattr(method, "factor")
+        method = factor_method(choice.method)
         name = infos[0].name if len(infos) == 1 else fused_name(i.name for i in infos)
         moment = leader = None
         if method.uses_moments:

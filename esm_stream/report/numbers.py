@@ -99,10 +99,14 @@ def _warnings(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, numbers in matrices.items():
         for side in ("bases", "coordinates"):
-            condition, dropped = numbers.get(f"condition_{side}", 1.0), numbers.get(f"dropped_{side}", 0)
+            condition, dropped = (
+                numbers.get(f"condition_{side}", 1.0),
+                numbers.get(f"dropped_{side}", 0),
+            )
             if dropped or condition > CONDITION_LIMIT:
                 lines.append(
-                    f"{name}: stacked {side} have condition {condition:.1e}, {dropped} directions dropped"
+                    f"{name}: stacked {side} have condition {condition:.1e}, {dropped} directions "
+                    "dropped"
                 )
     lines += _small_updates(plan, matrices)
     return lines
@@ -123,9 +127,9 @@ def _small_updates(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]
         ]
         if small:
             lines.append(
-                f'expert "{expert}": {len(small)} matrices differ from the base by less than 1 % and are '
-                "stored in bfloat16, whose rounding then moves the merge by tens of percent; merge from "
-                "weights of higher precision if you have them"
+                f'expert "{expert}": {len(small)} matrices differ from the base by less than 1 % '
+                "and are stored in bfloat16, whose rounding then moves the merge by tens of "
+                "percent; merge from weights of higher precision if you have them"
             )
     return lines
 

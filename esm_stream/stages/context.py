@@ -1,4 +1,4 @@
-"""What every stage needs: the plan, the checkpoints, the store, a device; and what a task returns."""
+"""What every stage needs (plan, checkpoints, store, device), and what a task returns."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,8 +90,8 @@ def require_finite(difference: Tensor, tensor: str, expert: str, base: Tensor) -
         return
     where = f'expert "{expert}"' if bool(torch.isfinite(base).all()) else "the base"
     raise DataError(
-        f"tensor '{tensor}' of {where} holds NaN or Inf; repair or retrain that model, or add the tensor "
-        "to [base] skip"
+        f"tensor '{tensor}' of {where} holds NaN or Inf; repair or retrain that model, or add the "
+        "tensor to [base] skip"
     )
 
 

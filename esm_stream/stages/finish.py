@@ -1,4 +1,4 @@
-"""Stage 7: what makes the shards a model: index, config, tokenizer, card, report; complete.json last."""
+"""Stage 7: index, config, tokenizer, card and report beside the shards; complete.json last."""
 
 import json
 from pathlib import Path

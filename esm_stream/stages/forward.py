@@ -1,4 +1,4 @@
-"""Stage 3: one block of one expert: hidden states through it, moments by hooks, factors to the store.
+"""Stage 3: one block of one expert: hidden states through it, moments by hooks, factors out.
 
 From:  hidden states before the block, the block's weights in expert and base.
 To:    factors.zarr (basis, coordinates, spectrum of every matrix), hidden states after the block.
@@ -18,7 +18,7 @@ from esm_stream.calibration.hooks import observe_inputs
 from esm_stream.calibration.moments import InputMoment, ShiftMoment
 from esm_stream.calibration.skeleton import move_buffers, with_tensors
 from esm_stream.errors import DataError
-from esm_stream.methods import create
+from esm_stream.methods import factor_method
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Matrix
 from esm_stream.stages.context import BASE, Context, TaskResult
@@ -53,7 +53,7 @@ def run(context: Context) -> TaskResult:
 
 
 def _moment_key(matrix: Matrix) -> str:
-    """Input moments belong to the observed module and may be shared; shift moments to the matrix."""
+    """Input moments belong to the observed module, maybe shared; shift moments to the matrix."""
     return str(matrix.leader) if matrix.moment == "input" else f"shift of {matrix.name}"
 
 
@@ -68,7 +68,9 @@ def _empty_moments(context: Context, matrices: list[Matrix]) -> Moments:
     return moments
 
 
-def _observers(matrices: list[Matrix], moments: Moments) -> dict[str, list[Callable[[Tensor], None]]]:
+def _observers(
+    matrices: list[Matrix], moments: Moments
+) -> dict[str, list[Callable[[Tensor], None]]]:
     """What to call with the input of each observed module."""
     observers: dict[str, dict[str, Callable[[Tensor], None]]] = {}
     for matrix in matrices:
@@ -101,8 +103,8 @@ def _run_block(
             hidden = output if isinstance(output, Tensor) else output[0]
             if not bool(torch.isfinite(hidden).all()):
                 raise DataError(
-                    f'block {task.block} of expert "{task.expert}" gives NaN or Inf on its calibration '
-                    'samples; try [calibration] dtype = "float32"'
+                    f'block {task.block} of expert "{task.expert}" gives NaN or Inf on its '
+                    'calibration samples; try [calibration] dtype = "float32"'
                 )
             after.append({"hidden": hidden.cpu()})
     return after
@@ -137,10 +139,8 @@ def _factor(
 ) -> dict[str, float | int]:
     """Factor one expert's update of one matrix and store it; returns its norm, rank, tokens."""
     plan, expert = context.plan, context.task.expert
-    method = create(matrix.method.name, matrix.method.options, matrix.method.modality)
-    factors = method.factor(  # type: ignore[union-attr]
-        context.update(expert, matrix), moment, len(plan.experts)
-    )
+    method = factor_method(matrix.method)
+    factors = method.factor(context.update(expert, matrix), moment, len(plan.experts))
     written = context.store.write_factors(matrix.name, plan.expert_names.index(expert), factors)
     result.outputs += [context.directory.record(path) for path in written]
     return {

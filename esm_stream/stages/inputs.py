@@ -38,5 +38,3 @@ def _source(manifest: Manifest, expert: str) -> Path:
     source = manifest.calibration_of(named)
     assert source is not None
     return source
-
-

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from esm_stream.methods import create
+from esm_stream.methods import factor_method
 from esm_stream.methods.contract import FactorMethod, Factors
 from esm_stream.planning.plan import Matrix
 from esm_stream.stages.context import Context, TaskResult
@@ -20,10 +20,11 @@ from esm_stream.stopping import check
 def run(context: Context) -> TaskResult:
     """Combine all experts' factors of one matrix."""
     matrix = context.plan.matrices[context.task.subject]
-    method = create(matrix.method.name, matrix.method.options, matrix.method.modality)
-    source = _stored if matrix.moment else _factored
-    factors = list(source(context, matrix, method))  # type: ignore[arg-type]
-    merged = method.combine(factors, (matrix.outputs, matrix.inputs))  # type: ignore[union-attr]
+    method = factor_method(matrix.method)
+    factors = list(
+        _stored(context, matrix) if matrix.moment else _factored(context, matrix, method)
+    )
+    merged = method.combine(factors, (matrix.outputs, matrix.inputs))
     del factors
     norm = float(torch.linalg.vector_norm(merged.update_OI))
     result = TaskResult(values={"norm": norm, **merged.diagnostics})
@@ -31,16 +32,13 @@ def run(context: Context) -> TaskResult:
     for part in matrix.parts:
         update = merged.update_OI[start : start + part.outputs]
         start += part.outputs
-        written = context.store.write_update(
-            part.tensor, update.T if matrix.transposed else update
-        )
+        written = context.store.write_update(part.tensor, update.T if matrix.transposed else update)
         result.outputs += [context.directory.record(path) for path in written]
     return result
 
 
-def _stored(context: Context, matrix: Matrix, method: FactorMethod) -> Iterator[Factors]:
+def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
     """Factors that the forward stage stored, in manifest order, on the device."""
-    del method
     for number, expert in enumerate(context.plan.expert_names):
         check()
         key = f"forward/{expert}/{matrix.block:04d}"

@@ -13,12 +13,12 @@ from torch import Tensor
 from esm_stream.budget import PANEL_BYTES
 from esm_stream.checkpoints.reader import equal_bytes
 from esm_stream.errors import InputError
-from esm_stream.methods import create
+from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Plan, TensorPlan
 from esm_stream.stages.context import BASE, Context, TaskResult, require_finite
 from esm_stream.stages.scale import scale_of
-from esm_stream.store.work import Output
 from esm_stream.stopping import check
+from esm_stream.store.work import Output
 from esm_stream.write.shards import PARTIAL_SUFFIX, ShardLayout, ShardWriter, plan_shards, seal
 
 
@@ -69,9 +69,7 @@ def _write_tensor(
         writer.write_rows(plan.name, start, merged.to(dtype).contiguous())
 
 
-def _merged_rows(
-    context: Context, plan: TensorPlan, base: Tensor, start: int, stop: int
-) -> Tensor:
+def _merged_rows(context: Context, plan: TensorPlan, base: Tensor, start: int, stop: int) -> Tensor:
     """Rows of the merged tensor, rounded once by the caller; base rows where the update is zero."""
     if plan.treatment == "copy":
         return base
@@ -81,17 +79,15 @@ def _merged_rows(
         coefficient = plan.alpha * scale_of(context, matrix)
     else:
         assert plan.method is not None
-        method = create(plan.method.name, plan.method.options, plan.method.modality)
-        update = method.merge(_updates(context, plan.name, base, start, stop))  # type: ignore[union-attr]
+        method = elementwise_method(plan.method)
+        update = method.merge(_updates(context, plan.name, base, start, stop))
         coefficient = plan.alpha
     update = update.to(base.dtype).mul_(coefficient)
     # -0.0 + 0.0 is +0.0: a tensor that nobody tuned keeps the base's bytes.
     return torch.where(update == 0, base, base + update)
 
 
-def _updates(
-    context: Context, name: str, base: Tensor, start: int, stop: int
-) -> Iterator[Tensor]:
+def _updates(context: Context, name: str, base: Tensor, start: int, stop: int) -> Iterator[Tensor]:
     """The experts' updates of some rows, one after the other."""
     for expert in context.plan.expert_names:
         difference = context.reader(expert).rows(name, start, stop).to(base.dtype) - base
@@ -100,7 +96,7 @@ def _updates(
 
 
 def _copy_equal(context: Context, name: str, writer: ShardWriter) -> None:
-    """Copy a tensor that is not merged by arithmetic byte by byte; experts must agree with the base.
+    """Copy a tensor that is not merged byte by byte; experts must agree with the base.
 
     Raises:
         InputError: An expert holds other bytes.
@@ -119,7 +115,7 @@ def _copy_equal(context: Context, name: str, writer: ShardWriter) -> None:
 def different_integers(plan: Plan, expert: str, name: str) -> str:
     """What to say of an integer or FP8 tensor that differs between base and expert."""
     return (
-        f"{plan.experts[expert]}: tensor '{name}' of expert \"{expert}\" differs from the base's and is not "
-        "a floating-point tensor that can be merged; add it to [base] skip to keep the base's, or "
-        "convert the models to bfloat16 first"
+        f"{plan.experts[expert]}: tensor '{name}' of expert \"{expert}\" differs from the base's "
+        "and is not a floating-point tensor that can be merged; add it to [base] skip to keep the "
+        "base's, or convert the models to bfloat16 first"
     )

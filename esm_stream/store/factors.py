@@ -12,6 +12,7 @@ alpha. Checksums (crc32c) and no compression; a missing chunk reads as NaN, neve
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class FactorStore:
         )
 
     def write_factors(self, matrix: str, expert: int, factors: Factors) -> list[Path]:
-        """Store one expert's factors, columns beyond its rank as zeros; returns the files written."""
+        """Store one expert's factors, zeros beyond its rank; returns the files written."""
         written = []
         for kind, values in (
             ("basis", factors.basis_OK),
@@ -104,8 +105,8 @@ class FactorStore:
         """
         return self._read(f"{file_name(tensor)}/update", (slice(start, stop),))
 
-    def _open(self, name: str, mode: str) -> zarr.Array:
-        return zarr.open_array(self.root / name, mode=mode)  # type: ignore[arg-type]
+    def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
+        return zarr.open_array(self.root / name, mode=mode)
 
     def _read(self, name: str, place: tuple[int | slice, ...]) -> Tensor:
         try:
@@ -125,7 +126,7 @@ def _chunks(shape: tuple[int, ...], itemsize: int, *, leading: bool) -> tuple[in
     return (*head, rows, *(max(1, n) for n in body[1:]))
 
 
-def _chunk_files(root: Path, array: zarr.Array, expert: int | None = None) -> Iterator[Path]:
+def _chunk_files(root: Path, array: "zarr.Array[Any]", expert: int | None = None) -> Iterator[Path]:
     """Files of all chunks of an array, or of one expert's."""
     grid = [range(math.ceil(n / c)) for n, c in zip(array.shape, array.chunks, strict=True)]
     if expert is not None:

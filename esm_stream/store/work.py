@@ -198,8 +198,7 @@ def tasks_to_run(
     """
     needed: set[str] = set()
     for key in reversed(order):
-        if not is_valid(key):
-            needed.add(key)
-        elif not has_transients(key) and any(reader in needed for reader in readers.get(key, ())):
+        is_read = any(reader in needed for reader in readers.get(key, ()))
+        if not is_valid(key) or (is_read and not has_transients(key)):
             needed.add(key)
     return needed
