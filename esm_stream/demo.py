@@ -191,7 +191,7 @@ def prepare(
     report: Report = _silent,
     recipe: Recipe | None = None,
 ) -> DemoFiles:
-    """Train base and experts and write everything a merge needs; a finished folder is kept as it is.
+    """Train base and experts, and write all that a merge needs; a finished folder is kept as it is.
 
     Raises:
         ManifestError: The folder holds something else, or a demo of another seed or recipe.
@@ -418,7 +418,7 @@ def _write_data(
 
     files.test.parent.mkdir(parents=True, exist_ok=True)
     save_file({task: head.clone() for task, head in heads.items()}, files.heads)
-    test = {}
+    test: dict[str, Any] = {}
     for task in TASKS:
         proxies = torch.from_numpy(_view(split.train_x[: recipe.proxies], task))
         save_file({"pixel_values": proxies}, files.calibration(task))

@@ -390,7 +390,7 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
         raise BudgetError(
             f"task '{largest.key}' needs {budget.format_size(largest.peak_bytes)} of memory; the "
             f"budget is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). "
-            "Raise [run] memory or --memory, or lower the size of the factors: [merge.options] rank or "
+            "Raise [run] memory or --memory, or make the factors smaller: [merge.options] rank or "
             'rank_factor, or a rule with method = "average" for the largest matrices.'
         )
 

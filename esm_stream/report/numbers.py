@@ -1,5 +1,8 @@
 """report.json: what was merged how, from what, with which figures per matrix.
 
+It holds nothing that differs between two runs of one merge, such as times: those are in the markers
+of the work directory.
+
 From:  the plan and the markers of all finished tasks.
 To:    card.py, people and programs.
 """
@@ -44,7 +47,6 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
         "warnings": _warnings(plan, matrices),
         "notes": list(plan.notes),
         "bytes_read": _bytes_read(plan, directory),
-        "task_seconds": _seconds(plan, directory),
     }
     finite: dict[str, Any] = _finite(report)
     return finite
@@ -140,15 +142,6 @@ def _bytes_read(plan: Plan, directory: WorkDirectory) -> dict[str, int]:
         marker = directory.read(key)
         if marker is not None and marker.results.get("bytes_read"):
             totals[task.stage] = totals.get(task.stage, 0) + marker.results["bytes_read"]
-    return totals
-
-
-def _seconds(plan: Plan, directory: WorkDirectory) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for key, task in plan.tasks.items():
-        marker = directory.read(key)
-        if marker is not None:
-            totals[task.stage] = round(totals.get(task.stage, 0.0) + marker.seconds, 3)
     return totals
 
 

@@ -1,4 +1,4 @@
-"""Run a command and measure it from outside: peak anonymous memory, CPU seconds, wall, bytes read."""
+"""Run a command and measure it from outside: peak anonymous memory, CPU and wall seconds."""
 
 import os
 import platform

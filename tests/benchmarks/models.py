@@ -1,7 +1,7 @@
 """Models for benchmarks: random Llamas of any size, and header-only (sparse) ones.
 
-    python tests/benchmarks/models.py llama DIR --experts 4      # 0.3 B parameters, bf16, sharded
-    python tests/benchmarks/models.py sparse-70b DIR --experts 8  # headers only, no data on disk
+python tests/benchmarks/models.py llama DIR --experts 4      # 0.3 B parameters, bf16, sharded
+python tests/benchmarks/models.py sparse-70b DIR --experts 8  # headers only, no data on disk
 """
 
 import argparse
@@ -139,7 +139,11 @@ def write_sparse(root: Path, config: dict, limit: int) -> None:
         for name in names:
             size = 2 * int(torch.tensor(shapes[name]).prod())
             shape = list(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -152,7 +156,12 @@ def write_manifest(root: Path, experts: int, memory: str, samples: int, tokens: 
     """A manifest beside the models, with ready-made token ids as calibration inputs."""
     lines = []
     for i in range(experts):
-        lines += ["[[experts]]", f'name = "e{i}"', f'model = "e{i}"', f'calibration = "e{i}.safetensors"']
+        lines += [
+            "[[experts]]",
+            f'name = "e{i}"',
+            f'model = "e{i}"',
+            f'calibration = "e{i}.safetensors"',
+        ]
         ids = torch.randint(3, 1000, (samples, tokens), generator=torch.Generator().manual_seed(i))
         save_file({"input_ids": ids}, root / f"e{i}.safetensors")
     path = root / "manifest.toml"

@@ -1,0 +1,245 @@
+"""Benchmarks of the main job; each writes its result as Markdown into docs/benchmarks.
+
+    python tests/benchmarks/run.py plan                    # 70B x 8, header-only files
+    python tests/benchmarks/run.py memory [--keep DIR]     # 0.3B Llama, 4 experts, 2 GiB
+    python tests/benchmarks/run.py kills [--count 10]      # SIGKILL at random moments
+    python tests/benchmarks/run.py glyphs                  # accuracy, needs the glyph benchmark
+
+The glyph benchmark's directory is ESM_GLYPHS, by default ../shared/glyphs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from measure import Measured, import_base, machine, measure
+from models import make_llama, make_sparse_70b
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "benchmarks"
+GLYPHS = Path(os.environ.get("ESM_GLYPHS", ROOT.parent / "shared" / "glyphs"))
+MIB = 1 << 20
+CLI = str(Path(sys.executable).with_name("esm-stream"))
+
+
+def write_result(name: str, title: str, lines: list[str]) -> None:
+    """One page: title, date, machine, command, then the lines."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    command = f"python tests/benchmarks/run.py {name}"
+    head = [
+        f"# {title}",
+        "",
+        f"Measured on {datetime.now(UTC).date()}: {machine()}.",
+        "",
+        f"Command: `{command}`",
+        "",
+    ]
+    (RESULTS / f"{name}.md").write_text("\n".join(head + lines) + "\n")
+    print("\n".join(lines))
+
+
+def row(name: str, m: Measured) -> str:
+    """A table row of one measured command."""
+    return (
+        f"| {name} | {m.cpu_seconds:.1f} | {m.wall_seconds:.1f} | {m.peak_anon / MIB:.0f} | "
+        f"{m.peak_rss / MIB:.0f} |"
+    )
+
+
+HEAD = ["| | CPU s | wall s | peak RssAnon MiB | peak RSS MiB |", "|---|---|---|---|---|"]
+
+
+def bench_plan() -> None:
+    """`--help`, and `plan` on the headers of a 70B Llama with 8 experts."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = make_sparse_70b(Path(folder), experts=8)
+        rows = [
+            row("`esm-stream --help`", measure([CLI, "--help"])),
+            row("imports of a merge alone", import_base()),
+            row("`esm-stream plan`, 70B x 8", measure([CLI, "plan", str(manifest)])),
+        ]
+    write_result("plan", "Planning a 70B merge of 8 experts from headers", [*HEAD, *rows])
+
+
+def bench_memory(keep: Path | None) -> None:
+    """Merge a 0.3B Llama in bf16 with 4 experts under a budget of 2 GiB."""
+    folder = keep or Path(tempfile.mkdtemp())
+    manifest = folder / "manifest.toml"
+    if not manifest.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_llama(folder, experts=4, memory="2GiB")
+    for path in (folder / "merged", folder / "merged.work"):
+        shutil.rmtree(path, ignore_errors=True)
+    base = import_base()
+    merged = measure([CLI, "merge", str(manifest)])
+    lines = [*HEAD, row("imports alone", base), row("merge", merged), ""]
+    lines += memory_lines(folder, base, merged)
+    write_result("memory", "Memory of a merge: 0.3B Llama, bf16, 4 experts, 2 GiB", lines)
+    if keep is None:
+        shutil.rmtree(folder)
+
+
+def memory_lines(folder: Path, base: Measured, merged: Measured) -> list[str]:
+    """Peak above the imports against plan and budget, and bytes read against the files."""
+    report = json.loads((folder / "merged" / "report.json").read_text())
+    planned = json.loads(
+        subprocess.run(
+            [CLI, "plan", "--json", str(folder / "manifest.toml")],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    projected = max(task["peak_bytes"] for task in planned["tasks"].values())
+    above = merged.peak_anon - base.peak_anon
+    experts = sum(f.stat().st_size for d in folder.glob("e?") for f in d.glob("*.safetensors"))
+    read = report["bytes_read"]
+    seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in stage_seconds(folder).items())
+    return [
+        f"- exit code {merged.exit_code}",
+        f"- peak above the import base: {above / MIB:.0f} MiB; largest task as planned: "
+        f"{projected / MIB:.0f} MiB; budget: 2048 MiB",
+        f"- bytes of the experts' files: {experts / MIB:.0f} MiB; read by stage, base included: "
+        + ", ".join(f"{stage} {size / MIB:.0f} MiB" for stage, size in read.items()),
+        f"- work directory: {_size(folder / 'merged.work') / MIB:.0f} MiB; output "
+        f"{_size(folder / 'merged') / MIB:.0f} MiB",
+        f"- seconds of task time by stage: {seconds}",
+    ]
+
+
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """Seconds that the tasks of each stage took, from the markers of the work directory."""
+    totals: dict[str, float] = {}
+    for path in (folder / "merged.work" / "done").rglob("*.json"):
+        marker = json.loads(path.read_text())
+        stage = marker["key"].partition("/")[0]
+        totals[stage] = totals.get(stage, 0.0) + marker["seconds"]
+    return totals
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def bench_kills(count: int, seed: int = 0) -> None:
+    """SIGKILL a merge at random moments, go on each time, and compare the bytes at the end."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifest = make_llama(folder, experts=4, memory="1GiB", layers=6, hidden=256)
+        started = time.monotonic()
+        subprocess.run([CLI, "merge", "-q", str(manifest)], check=True)
+        whole = time.monotonic() - started
+        wanted = hashes(folder / "merged")
+        lines = [
+            f"Uninterrupted: {whole:.1f} s. Each row: a merge from nothing, killed at a moment "
+            f"drawn uniformly over that time (seed {seed}), then the same command again.",
+            "",
+            "| kill | after s | tasks done | same bytes |",
+            "|---|---|---|---|",
+        ]
+        lost = 0
+        for number in range(count):
+            reset(folder)
+            after = rng.uniform(0.5, whole)
+            process = subprocess.Popen([CLI, "merge", "-q", str(manifest)], start_new_session=True)
+            time.sleep(after)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            done = len(list((folder / "merged.work" / "done").rglob("*.json")))
+            subprocess.run([CLI, "merge", "-q", str(manifest)], check=True)
+            same = hashes(folder / "merged") == wanted
+            lost += not same
+            lines.append(f"| {number + 1} | {after:.1f} | {done} | {'yes' if same else '**no**'} |")
+        lines += ["", f"{count} kills, {lost} losses."]
+    write_result("kills", "Killed at random moments, resumed to the same bytes", lines)
+
+
+def reset(folder: Path) -> None:
+    """Remove output and work directory."""
+    for path in (folder / "merged", folder / "merged.work"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a merged model."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+SEPARATE = 'targets = ["q", "k", "v", "o", "up", "down"]\nfuse_qkv = false\n'
+GLYPH_ROWS = (
+    ("`vit-official`", "", {8: 78.43, 14: 70.53, 20: 63.60}),
+    ("q, k, v, o, up, down separately", SEPARATE, {8: 76.95, 14: 69.76, 20: 61.62}),
+)
+ALPHAS = {8: 0.9, 14: 0.75, 20: 0.63}
+
+
+def bench_glyphs() -> None:
+    """Accuracy of ESM at 8, 14 and 20 tasks against the reference numbers."""
+    score = [sys.executable, str(GLYPHS / "score.py")]
+    tasks = json.loads((GLYPHS / "bench.json").read_text())["tasks"]
+    lines = ["| ESM | tasks | alpha | accuracy % | reference % |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run([*score, "inputs", str(folder / "in")], check=True)
+        for title, options, reference in GLYPH_ROWS:
+            for count, alpha in ALPHAS.items():
+                reset(folder)
+                manifest = glyph_manifest(folder, tasks[:count], alpha, options)
+                subprocess.run([CLI, "merge", "-q", str(manifest)], check=True)
+                found = subprocess.run(
+                    [*score, "model", str(folder / "merged"), "--tasks", str(count)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+                accuracy = json.loads(found.stdout)["accuracy"]
+                lines.append(
+                    f"| {title} | {count} | {alpha} | {accuracy:.2f} | {reference[count]:.2f} |"
+                )
+                print(lines[-1], flush=True)
+    write_result("glyphs", "Accuracy on the glyph benchmark", lines)
+
+
+def glyph_manifest(folder: Path, tasks: list[str], alpha: float, options: str) -> Path:
+    """A manifest over the first tasks of the benchmark."""
+    text = f'[base]\nmodel = "{GLYPHS / "base"}"\n'
+    for task in tasks:
+        model = GLYPHS / "experts" / task
+        text += f'[[experts]]\nname = "{task}"\nmodel = "{model}"\n'
+        text += f'calibration = "in/{task}.safetensors"\n'
+    text += f'[merge]\nmethod = "esm"\nalpha = {alpha}\n[merge.options]\nprofile = "vit-official"\n'
+    path = folder / "manifest.toml"
+    path.write_text(text + options + '[output]\npath = "merged"\n')
+    return path
+
+
+def main() -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["plan", "memory", "kills", "glyphs"])
+    parser.add_argument("--keep", type=Path, help="directory of the models, made if missing")
+    parser.add_argument("--count", type=int, default=10)
+    args = parser.parse_args()
+    if args.what == "plan":
+        bench_plan()
+    elif args.what == "memory":
+        bench_memory(args.keep)
+    elif args.what == "kills":
+        bench_kills(args.count)
+    else:
+        bench_glyphs()
+
+
+if __name__ == "__main__":
+    main()
