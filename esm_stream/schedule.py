@@ -209,7 +209,7 @@ def _local_client(memory: int, parallel: int) -> Iterator[Any]:
             n_workers=1,
             threads_per_worker=parallel,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,
             resources={MEMORY: memory},
             silence_logs=50,

@@ -98,17 +98,21 @@ def run(
 def stop_on_signals() -> Generator[None]:
     """First Ctrl-C or SIGTERM: finish what is being written and exit 130; second: stop hard."""
     from esm_stream import stopping
+    from esm_stream.errors import StopRequestedError
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
         if stopping.requested():
             os._exit(130)
         stopping.request()
-        command = shlex.join(["esm-stream", *sys.argv[1:]])
-        typer.echo(f"\nstopping; nothing finished is lost. To go on: {command}", err=True)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except StopRequestedError as error:
+        command = shlex.join(["esm-stream", *sys.argv[1:]])
+        raise StopRequestedError(
+            f"stopped on request; finished work is kept. To go on: {command}"
+        ) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """`esm-stream plan`: what a merge will do and cost, without reading a tensor."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,10 +36,15 @@ def plan(
         if as_json:
             typer.echo(made.dump().decode())
         else:
-            from rich.console import Console
-
-            show(made, Console(soft_wrap=True))
+            show(made, _console())
         check_budget(made.tasks, made.memory)
+
+
+def _console() -> "Console":
+    """The terminal; wide enough for whole tensor names when the output goes to a file or pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def show(made: "Plan", console: "Console") -> None:
@@ -86,13 +92,14 @@ def _roles(made: "Plan") -> "Table":
         groups.setdefault((m.group, m.method.name, m.alpha), []).append(m)
     table = Table(title="matrices merged from factors", title_justify="left", expand=False)
     for title in ("role", "matrices", "shape", "method", "rank", "moment", "alpha", "memory"):
-        table.add_column(title, justify="left" if title in ("role", "method") else "right")
+        left = title in ("role", "method")
+        table.add_column(title, justify="left" if left else "right", no_wrap=not left)
     for (_, method, alpha), found in groups.items():
         first = found[0]
         keys = [f"merge/{m.name}" for m in found]
         peak = max(made.tasks[key].peak_bytes for key in keys)
         table.add_row(
-            first.role,
+            _short(first.role),
             str(len(found)),
             f"{first.outputs} x {first.inputs}",
             str(method),
@@ -102,6 +109,11 @@ def _roles(made: "Plan") -> "Table":
             format_size(peak),
         )
     return table
+
+
+def _short(role: str) -> str:
+    """A role without the prefix that all roles of a model share: from its "*" on."""
+    return role[role.find("*") :] if "*" in role else role
 
 
 def _others(made: "Plan") -> "Table":

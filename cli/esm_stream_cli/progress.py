@@ -11,7 +11,7 @@ import typer
 from esm_stream.events import Event, Listener
 
 if TYPE_CHECKING:
-    from esm_stream.planning.plan import Plan
+    from esm_stream.planning.plan import Plan, Task
 
 LINE_SECONDS = 10.0
 NAMES = {
@@ -44,19 +44,15 @@ def shown(plan: "Plan", todo: set[str], *, quiet: bool, as_json: bool) -> Iterat
 def _bars(plan: "Plan", todo: set[str]) -> Iterator[Listener]:
     """One bar per stage, advancing by the bytes its tasks read and write."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from esm_stream.budget import format_size
 
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
         TextColumn("{task.fields[done]}/{task.fields[tasks]} tasks"),
-        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[moved]:>9}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -68,24 +64,26 @@ def _bars(plan: "Plan", todo: set[str]) -> Iterator[Listener]:
             done = [t for t in tasks if t.key not in todo]
             bars[stage] = progress.add_task(
                 name,
-                total=sum(map(_weight, (t.key for t in tasks), [plan] * len(tasks))),
-                completed=sum(_weight(t.key, plan) for t in done),
+                total=sum(map(_weight, tasks)),
+                completed=sum(map(_weight, done)),
                 done=len(done),
                 tasks=len(tasks),
+                moved="",
             )
 
         def listen(event: Event) -> None:
             if event.kind == "task_finished":
                 bar = bars[event.stage]
-                count = progress.tasks[bar].fields["done"] + 1
-                progress.update(bar, advance=_weight(event.task, plan), done=count)
+                row = progress.tasks[bar]
+                weight = _weight(plan.tasks[event.task])
+                moved = format_size(row.completed + weight) if event.write_bytes else ""
+                progress.update(bar, advance=weight, done=row.fields["done"] + 1, moved=moved)
 
         yield listen
 
 
-def _weight(key: str, plan: "Plan") -> int:
+def _weight(task: "Task") -> int:
     """Bytes that a task moves; at least one, so that every task counts."""
-    task = plan.tasks[key]
     return max(1, task.read_bytes + task.write_bytes)
 
 
