@@ -46,7 +46,9 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
     try:
         with task_context(plan, task) as context:
             result = _body(task.stage)(context)
-            result.values["bytes_read"] = context.bytes_read
+            read = context.bytes_read
+            result.values["bytes_read"] = sum(read.values())
+            result.values["bytes_read_experts"] = read["experts"]
     except EsmStreamError:
         raise
     except MemoryError as error:

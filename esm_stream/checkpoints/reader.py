@@ -62,6 +62,13 @@ class TensorReader:
         info = self.checkpoint.tensors[name]
         return self._view(info, info.start, info.end, info.shape)
 
+    def lookup(self, name: str) -> Tensor:
+        """The whole tensor for looking up a few of its rows: not counted in `bytes_read`."""
+        counted = self.bytes_read
+        tensor = self.tensor(name)
+        self.bytes_read = counted
+        return tensor
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 along the first dimension; a scalar is one row, of shape (1,)."""
         info = self.checkpoint.tensors[name]

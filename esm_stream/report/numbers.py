@@ -80,7 +80,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
         "method": matrix.method.name,
         "alpha": matrix.alpha,
         "layer_scale": scale,
-        **{k: v for k, v in merged.items() if k != "bytes_read"},
+        **{k: v for k, v in merged.items() if not k.startswith("bytes_read")},
     }
     if matrix.moment:
         per_expert = {
@@ -137,12 +137,11 @@ def _small_updates(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]
 
 
 def _bytes_read(plan: Plan, directory: WorkDirectory) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for key, task in plan.tasks.items():
-        marker = directory.read(key)
-        if marker is not None and marker.results.get("bytes_read"):
-            totals[task.stage] = totals.get(task.stage, 0) + marker.results["bytes_read"]
-    return totals
+    """Bytes of tensors read from the base and from all experts together."""
+    markers = [marker for key in plan.tasks if (marker := directory.read(key)) is not None]
+    total = sum(marker.results["bytes_read"] for marker in markers)
+    experts = sum(marker.results["bytes_read_experts"] for marker in markers)
+    return {"base": total - experts, "experts": experts}
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON-like values

@@ -54,9 +54,12 @@ class Context:
         return self._views[model, name]
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of tensors read from base and experts by this task."""
-        return sum(reader.bytes_read for reader in self._readers.values())
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes of tensors that this task read from the base and from experts."""
+        found = {"base": 0, "experts": 0}
+        for name, reader in self._readers.items():
+            found["base" if name == BASE else "experts"] += reader.bytes_read
+        return found
 
     def update(self, expert: str, matrix: Matrix) -> Tensor:
         """One expert's update of a matrix, D = W_t - W_0, float32 (O, I), on the device.

@@ -26,7 +26,7 @@ def run(context: Context) -> TaskResult:
     reader = context.reader(expert)
     for name, tensor in skeleton.stored.items():
         if not name.startswith(f"{chain.prefix}."):
-            value = reader.tensor(tensor)
+            value = reader.lookup(tensor)
             put_tensor(model, name, value.to(dtype) if value.is_floating_point() else value)
     blocks = _blocks(Skeleton(model, {}, {}), chain)
     states, calls = [], []

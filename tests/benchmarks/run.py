@@ -109,8 +109,8 @@ def memory_lines(folder: Path, base: Measured, merged: Measured) -> list[str]:
         f"- exit code {merged.exit_code}",
         f"- peak above the import base: {above / MIB:.0f} MiB; largest task as planned: "
         f"{projected / MIB:.0f} MiB; budget: 2048 MiB",
-        f"- bytes of the experts' files: {experts / MIB:.0f} MiB; read by stage, base included: "
-        + ", ".join(f"{stage} {size / MIB:.0f} MiB" for stage, size in read.items()),
+        f"- the experts' files hold {experts} bytes, {read['experts']} were read of them; of the "
+        f"base {read['base']} bytes were read",
         f"- work directory: {_size(folder / 'merged.work') / MIB:.0f} MiB; output "
         f"{_size(folder / 'merged') / MIB:.0f} MiB",
         f"- seconds of task time by stage: {seconds}",
