@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from esm_stream import stopping
+from esm_stream.allocation import return_freed_memory
 from esm_stream.errors import EsmStreamError, ManifestError, StopRequestedError, TaskError
 from esm_stream.planning.plan import Plan, Stage, Task, load_plan
 
@@ -40,6 +41,7 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
     from esm_stream.stages.context import task_context
 
     stopping.check()
+    return_freed_memory()
     plan = load_plan(Path(plan_path))
     task = plan.tasks[key]
     started = time.perf_counter()

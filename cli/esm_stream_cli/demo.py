@@ -33,5 +33,28 @@ def demo(
             _show(result, directory)
 
 
+TITLES = {
+    "base": "base model",
+    "experts": "experts, each on its own task",
+    "average": "plain average",
+    "esm": "ESM",
+}
+
+
 def _show(result: "DemoResult", directory: Path) -> None:
-    del result, directory
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="test accuracy in %", title_justify="left")
+    table.add_column("model")
+    for task in (*result.tasks, "mean"):
+        table.add_column(task, justify="right")
+    for row in result.rows:
+        cells = [f"{row.accuracy[task]:.1f}" for task in result.tasks]
+        table.add_row(TITLES[row.name], *cells, f"[bold]{row.mean:.1f}[/]")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"models, manifests and results are in {directory}; start with {directory}/esm.toml",
+        highlight=False,
+    )
