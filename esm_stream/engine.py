@@ -19,7 +19,7 @@ from esm_stream.checkpoints.reader import TensorReader, equal_bytes
 from esm_stream.errors import BudgetError, ChangedError, InputError
 from esm_stream.events import Event, Listener, broadcast, log_to
 from esm_stream.planning.plan import STAGES, Plan, Task, changed_keys, load_plan
-from esm_stream.schedule import run_tasks
+from esm_stream.schedule import require_scheduler, run_tasks
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
 from esm_stream.stages.write import different_integers, layouts_of
@@ -62,6 +62,7 @@ def merge(
             is kept and the same call goes on from there.
     """
     directory = plan.directory
+    require_scheduler(scheduler)
     stopping.clear()
     forget_checkpoints()
     with locked(directory.root):
@@ -131,12 +132,15 @@ def remaining(plan: Plan) -> set[str]:
         marker = markers[key]
         return marker is not None and directory.transient_outputs_exist(marker)
 
-    return tasks_to_run(list(plan.tasks), plan.readers, is_valid, has_transients)
+    return tasks_to_run(list(plan.tasks), plan.transient_readers, is_valid, has_transients)
 
 
 def _todo(plan: Plan) -> set[str]:
     """Tasks to run; their markers are dropped, and so is a complete mark that is not true."""
     todo = remaining(plan)
+    if any(plan.tasks[key].stage in ("write", "seal", "finish") for key in todo):
+        todo.add("finish")
+        (plan.output / COMPLETE).unlink(missing_ok=True)
     for key in todo:
         plan.directory.forget(key)
     done = plan.directory.root / "done"
@@ -145,8 +149,6 @@ def _todo(plan: Plan) -> set[str]:
         for path in done.rglob("*.json"):
             if path not in known:
                 path.unlink()
-    if todo:
-        (plan.output / COMPLETE).unlink(missing_ok=True)
     return todo
 
 
@@ -236,8 +238,7 @@ def _require_space(plan: Plan, todo: set[str]) -> None:
     Raises:
         BudgetError: Needed and free bytes.
     """
-    stages = ("inputs", "stem", "forward", "merge")
-    need = sum(plan.tasks[key].write_bytes for key in todo if plan.tasks[key].stage in stages)
+    need = plan.bytes_to_keep(todo)
     free = shutil.disk_usage(plan.work).free
     if need > free:
         raise BudgetError(

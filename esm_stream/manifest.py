@@ -21,8 +21,10 @@ from pydantic import (
     PositiveInt,
     PrivateAttr,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from esm_stream.budget import parse_size
@@ -31,7 +33,9 @@ from esm_stream.errors import ManifestError
 
 
 def _size(value: object) -> object:
-    if not isinstance(value, str | int) or isinstance(value, bool):
+    if isinstance(value, bool):
+        raise ValueError("a size is a number of bytes or a text such as '8GiB'")
+    if not isinstance(value, str | int):
         return value
     try:
         return parse_size(value)
@@ -48,7 +52,13 @@ def _pattern(value: object) -> object:
     return value
 
 
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+SIZE_SCHEMA: JsonDict = {
+    "anyOf": [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[A-Za-z]*\s*$"},
+    ]
+}
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0), WithJsonSchema(SIZE_SCHEMA)]
 Pattern = Annotated[str, BeforeValidator(_pattern), Field(min_length=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 
@@ -211,7 +221,7 @@ def load_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        lines = [f"{path}: {_explain(detail, document)}" for detail in error.errors()]
+        lines = [f"{path}: {_explain(detail, document)}" for detail in _own_mistakes(error)]
         raise ManifestError("\n".join(lines)) from error
     resolved = _resolve(manifest, path.absolute().parent)
     resolved._source = path.absolute()
@@ -258,6 +268,13 @@ def _resolve(manifest: Manifest, root: Path) -> Manifest:
             "run": manifest.run.model_copy(update={"work": under(manifest.run.work)}),
         }
     )
+
+
+def _own_mistakes(error: ValidationError) -> list[ErrorDetails]:
+    """Mistakes without those that only follow from another: an expert in error does not count."""
+    details = error.errors()
+    inside_experts = any(len(d["loc"]) > 1 and d["loc"][0] == "experts" for d in details)
+    return [d for d in details if not (inside_experts and d["type"] == "too_short")]
 
 
 def _explain(detail: ErrorDetails, document: dict[str, Any]) -> str:

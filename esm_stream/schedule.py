@@ -85,6 +85,19 @@ def _drop_consumed_states(plan: Plan, task: Task) -> None:
         plan.directory.hidden(task.expert, task.block).unlink(missing_ok=True)
 
 
+def require_scheduler(name: str) -> None:
+    """Refuse a scheduler that cannot be one, before any work.
+
+    Raises:
+        ManifestError: Neither a known name, nor an address, nor a file.
+    """
+    if name not in SCHEDULERS and "://" not in name and not Path(name).is_file():
+        raise ManifestError(
+            f"--scheduler '{name}' is neither one of {', '.join(SCHEDULERS)}, nor an address such "
+            "as tcp://host:8786, nor a scheduler file"
+        )
+
+
 def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report: Report) -> None:
     """Run the given tasks, each after those it depends on, and report each when it is done.
 
@@ -213,7 +226,9 @@ def _local_client(memory: int, parallel: int) -> Iterator[Any]:
             n_workers=1,
             threads_per_worker=parallel,
             processes=False,
+            host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
             memory_limit=0,
             resources={MEMORY: memory},
             silence_logs=50,
@@ -234,12 +249,6 @@ def _remote_client(address: str) -> Iterator[Any]:
     from distributed import Client
 
     by_file = "://" not in address
-    if by_file and not Path(address).is_file():
-        known = ", ".join(SCHEDULERS)
-        raise ManifestError(
-            f"--scheduler '{address}' is neither one of {known}, nor an address such as "
-            "tcp://host:8786, nor a scheduler file"
-        )
     try:
         client = Client(
             **({"scheduler_file": address} if by_file else {"address": address}),

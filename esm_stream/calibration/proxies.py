@@ -36,7 +36,6 @@ class Proxies:
     batches: list[dict[str, Tensor]]
     samples: list[int]
     available: int
-    tokens: int
     truncated: int
 
 
@@ -61,13 +60,16 @@ def kind_of_source(path: Path) -> str:
     return kinds[path.suffix]
 
 
-def read_proxies(path: Path, settings: "Calibration", model: Path) -> Proxies:
+def read_proxies(
+    path: Path, settings: "Calibration", model: Path, tokens_per_sample: int
+) -> Proxies:
     """Draw samples and turn them into model inputs.
 
     Args:
         path: Calibration data of one expert.
         settings: Number of samples, seed, length and keys.
         model: Directory whose tokenizer or image processor is used.
+        tokens_per_sample: Tokens that the model makes of a sample that is not token ids.
 
     Raises:
         InputError: The data are missing, empty or damaged, or the processor cannot be loaded.
@@ -86,8 +88,7 @@ def read_proxies(path: Path, settings: "Calibration", model: Path) -> Proxies:
         samples = [_without_padding(sample, path) for sample in chosen]
     else:
         samples = _process_images(chosen, model, path)
-    batches = micro_batches(samples)
-    return Proxies(batches, drawn, len(items), sum(map(_tokens, samples)), truncated)
+    return Proxies(micro_batches(samples, tokens_per_sample), drawn, len(items), truncated)
 
 
 def draw(available: int, wanted: int, seed: int) -> list[int]:
@@ -98,7 +99,9 @@ def draw(available: int, wanted: int, seed: int) -> list[int]:
     return [int(i) for i in chosen]
 
 
-def micro_batches(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def micro_batches(
+    samples: Sequence[dict[str, Tensor]], tokens_per_sample: int
+) -> list[dict[str, Tensor]]:
     """Stack samples of equal shapes, at most MICRO_BATCH_TOKENS tokens at a time."""
 
     def signature(sample: dict[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -107,20 +110,13 @@ def micro_batches(samples: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor
     batches = []
     for _, group in groupby(sorted(samples, key=signature), key=signature):
         alike = list(group)
-        size = max(1, MICRO_BATCH_TOKENS // max(1, _tokens(alike[0])))
+        ids = alike[0].get("input_ids")
+        tokens = tokens_per_sample if ids is None else ids.numel()
+        size = max(1, MICRO_BATCH_TOKENS // max(1, tokens))
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
             batches.append({name: torch.stack([s[name] for s in part]) for name in part[0]})
     return batches
-
-
-def _tokens(sample: dict[str, Tensor]) -> int:
-    """Tokens of one sample as far as its inputs tell: ids, or 16-pixel patches of an image."""
-    if "input_ids" in sample:
-        return sample["input_ids"].numel()
-    if "pixel_values" in sample:
-        return max(1, sample["pixel_values"].shape[-1] * sample["pixel_values"].shape[-2] // 256)
-    return max(value.shape[0] if value.ndim else 1 for value in sample.values())
 
 
 def _texts(path: Path, settings: "Calibration") -> list[Any]:

@@ -106,7 +106,11 @@ class ChainPlan:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One unit of work; equal tasks are the same task."""
+    """One unit of work; equal tasks are the same task.
+
+    `kept_bytes` is what of `write_bytes` stays in the work directory when the task is done; hidden
+    states go as soon as the next block is done.
+    """
 
     key: str
     stage: Stage
@@ -116,6 +120,7 @@ class Task:
     writes: tuple[str, ...] = ()
     read_bytes: int = 0
     write_bytes: int = 0
+    kept_bytes: int = 0
     flops: float = 0.0
     peak_bytes: int = 0
     expert: str = ""
@@ -156,12 +161,15 @@ class Plan:
         return tuple(self.experts)
 
     @cached_property
-    def readers(self) -> dict[str, list[str]]:
-        """Tasks that depend directly on a task."""
+    def transient_readers(self) -> dict[str, list[str]]:
+        """The tasks that read a task's transient outputs: the expert's next block, the seal."""
         found: dict[str, list[str]] = {key: [] for key in self.tasks}
         for task in self.tasks.values():
             for key in task.after:
-                found[key].append(task.key)
+                before = self.tasks[key]
+                same_expert = task.stage == "forward" and before.expert == task.expert
+                if same_expert or (task.stage, before.stage) == ("seal", "write"):
+                    found[key].append(task.key)
         return found
 
     def of_stage(self, stage: Stage) -> list[Task]:
@@ -176,8 +184,15 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """Disk that the work directory will take at most."""
-        stages = ("inputs", "stem", "forward", "merge")
-        return sum(task.write_bytes for task in self.tasks.values() if task.stage in stages)
+        return self.bytes_to_keep(self.tasks)
+
+    def bytes_to_keep(self, keys: Iterable[str]) -> int:
+        """Disk that tasks need in the work directory: what stays, and passing hidden states."""
+        tasks = [self.tasks[key] for key in keys]
+        passing = max(
+            (t.write_bytes - t.kept_bytes for t in tasks if t.stage == "forward"), default=0
+        )
+        return sum(task.kept_bytes for task in tasks) + 2 * len(self.experts) * passing
 
     @property
     def output_bytes(self) -> int:

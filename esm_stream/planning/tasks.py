@@ -82,6 +82,7 @@ class TaskBuilder:
             reads=(str(source),),
             writes=(f"inputs/{expert}.safetensors",),
             write_bytes=size,
+            kept_bytes=size,
             peak_bytes=budget.TASK_OVERHEAD + 4 * size,
             expert=expert,
         )
@@ -103,6 +104,7 @@ class TaskBuilder:
             ],
             writes=(f"hidden/{expert}/0000.safetensors", f"hidden/{expert}/arguments.safetensors"),
             write_bytes=2 * hidden,
+            kept_bytes=hidden,
             peak_bytes=budget.TASK_OVERHEAD + 6 * hidden + self._cast_bytes(checkpoint, outside),
             expert=expert,
         )
@@ -122,6 +124,7 @@ class TaskBuilder:
             depends=(before[list(self._opened.experts).index(expert)],) if block else None,
             identity=[
                 chain,
+                list(self._opened.experts).index(expert),
                 _config_identity(checkpoint),
                 [checkpoint.identity(name) for name in tensors],
                 [self._opened.base.identity(p.tensor) for m in matrices for p in m.parts],
@@ -133,6 +136,7 @@ class TaskBuilder:
             read_bytes=_sizes(checkpoint, tensors)
             + _sizes(self._opened.base, [p.tensor for m in matrices for p in m.parts]),
             write_bytes=arrays + (hidden if block + 1 < chain.num_blocks else 0),
+            kept_bytes=arrays,
             flops=sum(self._forward_flops(m) for m in matrices)
             + 2.0 * self._hidden_tokens() * _numel(checkpoint, tensors),
             peak_bytes=self._forward_peak(checkpoint, tensors, matrices, block),
@@ -215,6 +219,7 @@ class TaskBuilder:
             writes=tuple(f"factors.zarr/{n}/update" for n in names),
             read_bytes=read,
             write_bytes=update,
+            kept_bytes=update,
             flops=flops + budget.combine_flops(m.outputs, m.inputs, columns),
             peak_bytes=budget.TASK_OVERHEAD + peak,
             subject=m.name,
@@ -387,11 +392,14 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
     largest = max(tasks.values(), key=lambda task: task.peak_bytes)
     if largest.peak_bytes > memory:
         over = sum(task.peak_bytes > memory for task in tasks.values())
+        smaller = (
+            ", or make the factors smaller: [merge.options] rank or rank_factor, or a rule with "
+            'method = "average" for the largest matrices'
+        )
         raise BudgetError(
             f"task '{largest.key}' needs {budget.format_size(largest.peak_bytes)} of memory; the "
             f"budget is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). "
-            "Raise [run] memory or --memory, or make the factors smaller: [merge.options] rank or "
-            'rank_factor, or a rule with method = "average" for the largest matrices.'
+            f"Raise [run] memory or --memory{smaller if largest.stage == 'merge' else ''}."
         )
 
 

@@ -30,6 +30,7 @@ from esm_stream.planning.opening import Opened
 from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan
 
 # A gated MLP has two up-projections: profiles that name "up" mean both.
+_FUSED_KINDS = ("q", "k", "v")
 IMPLIED_KINDS = {"gate": "up", "gate_up": "up"}
 
 
@@ -105,6 +106,7 @@ class Treatments:
                         name, "elementwise", choice.alpha, choice.method, why=choice.why
                     )
         for group in _fused(waiting, self.observed):
+            self._require_alike(group)
             matrix = self._matrix(group)
             self.matrices[matrix.name] = matrix
             for part in matrix.parts:
@@ -112,6 +114,44 @@ class Treatments:
                 self.tensors[part.tensor] = TensorPlan(
                     part.tensor, "factors", matrix.alpha, matrix.method, matrix.name, plan.why
                 )
+
+    def _require_alike(self, group: list[tuple[TensorInfo, _Choice]]) -> None:
+        """Parts of one matrix get one treatment.
+
+        Raises:
+            ManifestError: A rule singles out a part of q, k, v that the profile merges as one.
+        """
+        info, choice = group[0]
+        if not choice.fuse or kind_of(info.name) not in _FUSED_KINDS:
+            return
+        names = {item.name for item, _ in group}
+        siblings = [
+            name
+            for name in self.opened.base.tensors
+            if kind_of(name) in _FUSED_KINDS
+            and name.endswith(".weight")
+            and block_of(name) == block_of(info.name)
+            and _parent(name) == _parent(info.name)
+        ]
+        others = [name for name in siblings if name not in names]
+        if others or len({item.alpha for _, item in group}) > 1:
+            raise ManifestError(
+                f"a rule singles out a part of {', '.join(siblings)}, which the profile merges as "
+                "one matrix; let its pattern match all of them, or set fuse_qkv = false in "
+                "[merge.options]"
+            )
+
+    def unused_patterns(self) -> list[str]:
+        """Notes on patterns of the manifest that match no tensor."""
+        manifest = self.opened.manifest
+        names = {n for c in (self.opened.base, *self.opened.experts.values()) for n in c.tensors}
+        patterns = [("[base] skip", pattern) for pattern in manifest.base.skip]
+        patterns += [("rule", rule.tensors) for rule in manifest.merge.rules]
+        return [
+            f"{what} '{pattern}' matches no tensor"
+            for what, pattern in patterns
+            if not any(compile_pattern(pattern).fullmatch(name) for name in names)
+        ]
 
     def _choose(self, info: TensorInfo) -> _Choice | None:
         """Method and alpha of one float tensor; None to copy the base's."""
@@ -249,7 +289,7 @@ def _fused(
     groups: dict[object, list[tuple[TensorInfo, _Choice]]] = {}
     for info, choice in waiting:
         kind = kind_of(info.name)
-        fuse = choice.fuse and kind in ("q", "k", "v")
+        fuse = choice.fuse and kind in _FUSED_KINDS
         seen = observed.get(info.name)
         sibling = (block_of(info.name), seen.leader if seen else _parent(info.name))
         groups.setdefault(sibling if fuse else info.name, []).append((info, choice))

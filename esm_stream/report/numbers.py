@@ -65,7 +65,13 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
 def _calibration(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
     if plan.chain is None:
         return {}
-    return {name: directory.results(f"inputs/{name}") for name in plan.experts}
+    return {
+        name: {
+            **{k: v for k, v in directory.results(f"inputs/{name}").items() if "bytes" not in k},
+            "tokens": directory.results(f"stem/{name}")["tokens"],
+        }
+        for name in plan.experts
+    }
 
 
 def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, Any]:

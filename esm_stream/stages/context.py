@@ -1,6 +1,7 @@
 """What every stage needs (plan, checkpoints, store, device), and what a task returns."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from esm_stream.errors import DataError
 from esm_stream.planning.plan import Matrix, Plan, Task
 from esm_stream.store.factors import FactorStore
 from esm_stream.store.work import Output, WorkDirectory
+from esm_stream.subspace.basis import frobenius_norm
 
 BASE = ""
 
@@ -84,18 +86,37 @@ def task_context(plan: Plan, task: Task) -> Iterator[Context]:
 
 
 def require_finite(difference: Tensor, tensor: str, expert: str, base: Tensor) -> None:
-    """Refuse NaN and Inf.
+    """Refuse NaN and Inf in an update.
 
     Raises:
         DataError: Naming tensor and model.
     """
-    if bool(torch.isfinite(difference).all()):
-        return
-    where = f'expert "{expert}"' if bool(torch.isfinite(base).all()) else "the base"
-    raise DataError(
+    if not is_finite(difference):
+        where = "the base" if not is_finite(base) else f'expert "{expert}"'
+        raise DataError(not_finite(tensor, where))
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no Inf; needs no memory to speak of."""
+    return math.isfinite(frobenius_norm(values))
+
+
+def not_finite(tensor: str, where: str) -> str:
+    """What to say of NaN or Inf in a tensor."""
+    return (
         f"tensor '{tensor}' of {where} holds NaN or Inf; repair or retrain that model, or add the "
         "tensor to [base] skip"
     )
+
+
+def blame(context: Context, names: Iterable[str], otherwise: str) -> DataError:
+    """Why hidden states of the task's expert are not finite: a tensor of it, or `otherwise`."""
+    reader = context.reader(context.task.expert)
+    for name in names:
+        value = reader.lookup(name)
+        if value.is_floating_point() and not is_finite(value):
+            return DataError(not_finite(name, f'expert "{context.task.expert}"'))
+    return DataError(otherwise)
 
 
 _CHECKPOINTS: dict[Path, Checkpoint] = {}

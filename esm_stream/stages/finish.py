@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from esm_stream.checkpoints.checkpoint import INDEX_NAME
 from esm_stream.planning.tasks import model_files
 from esm_stream.report.card import model_card
 from esm_stream.report.numbers import build_report
@@ -20,7 +21,8 @@ def run(context: Context) -> TaskResult:
     plan, output = context.plan, context.plan.output
     layouts = layouts_of(plan)
     write_index(output, list(layouts.values()))
-    written = [_copy(path, output, plan.output_dtype) for path in model_files(plan.base)]
+    written = [output / INDEX_NAME] if len(layouts) > 1 else []
+    written += [_copy(path, output, plan.output_dtype) for path in model_files(plan.base)]
     experts = {name: checkpoint_at(root) for name, root in plan.experts.items()}
     report = build_report(plan, checkpoint_at(plan.base), experts)
     written.append(_write(output / "report.json", json.dumps(report, indent=1)))

@@ -17,13 +17,13 @@ from esm_stream.calibration.chain import run_call
 from esm_stream.calibration.hooks import observe_inputs
 from esm_stream.calibration.moments import InputMoment, ShiftMoment
 from esm_stream.calibration.skeleton import move_buffers, with_tensors
-from esm_stream.errors import DataError
 from esm_stream.methods import factor_method
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Matrix
-from esm_stream.stages.context import BASE, Context, TaskResult
+from esm_stream.stages.context import BASE, Context, TaskResult, blame, is_finite
 from esm_stream.stages.stem import expert_skeleton
 from esm_stream.stopping import check
+from esm_stream.subspace.basis import frobenius_norm
 
 Moments = dict[str, InputMoment | ShiftMoment]
 
@@ -101,10 +101,12 @@ def _run_block(
             check()
             output = run_call(block, call, batch.pop("hidden").to(context.device), context.device)
             hidden = output if isinstance(output, Tensor) else output[0]
-            if not bool(torch.isfinite(hidden).all()):
-                raise DataError(
+            if not is_finite(hidden):
+                raise blame(
+                    context,
+                    task.reads,
                     f'block {task.block} of expert "{task.expert}" gives NaN or Inf on its '
-                    'calibration samples; try [calibration] dtype = "float32"'
+                    'calibration samples; try [calibration] dtype = "float32"',
                 )
             after.append({"hidden": hidden.cpu()})
     return after
@@ -127,11 +129,7 @@ def _load_block(context: Context, name: str) -> nn.Module:
 
 def _base_norm(context: Context, matrix: Matrix) -> float:
     """Frobenius norm of the base's matrix, to judge how large the update is."""
-    norms = [
-        float(torch.linalg.vector_norm(context.tensor(BASE, part.tensor), dtype=torch.float32))
-        for part in matrix.parts
-    ]
-    return math.hypot(*norms)
+    return math.hypot(*(frobenius_norm(context.tensor(BASE, p.tensor)) for p in matrix.parts))
 
 
 def _factor(

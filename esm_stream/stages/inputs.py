@@ -17,7 +17,9 @@ def run(context: Context) -> TaskResult:
     expert = context.task.expert
     manifest = Manifest.model_validate(context.plan.manifest)
     source = _source(manifest, expert)
-    proxies = read_proxies(source, manifest.calibration, context.plan.base)
+    assert context.plan.chain is not None
+    tokens = context.plan.chain.tokens_per_sample
+    proxies = read_proxies(source, manifest.calibration, context.plan.base, tokens)
     path = context.directory.inputs(expert)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_batches(path, proxies.batches)
@@ -27,7 +29,6 @@ def run(context: Context) -> TaskResult:
             "source": str(source),
             "samples": proxies.samples,
             "available": proxies.available,
-            "tokens": proxies.tokens,
             "truncated": proxies.truncated,
         },
     )

@@ -8,13 +8,12 @@ Peak:  the stacks of all experts' thin factors, whose size does not depend on th
 
 from collections.abc import Iterator
 
-import torch
-
 from esm_stream.methods import factor_method
 from esm_stream.methods.contract import FactorMethod, Factors
 from esm_stream.planning.plan import Matrix
 from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stopping import check
+from esm_stream.subspace.basis import frobenius_norm
 
 
 def run(context: Context) -> TaskResult:
@@ -26,7 +25,7 @@ def run(context: Context) -> TaskResult:
     )
     merged = method.combine(factors, (matrix.outputs, matrix.inputs))
     del factors
-    norm = float(torch.linalg.vector_norm(merged.update_OI))
+    norm = frobenius_norm(merged.update_OI)
     result = TaskResult(values={"norm": norm, **merged.diagnostics})
     start = 0
     for part in matrix.parts:

@@ -12,7 +12,7 @@ from esm_stream.calibration.arguments import load_batches, save_batches, save_ca
 from esm_stream.calibration.chain import record_calls
 from esm_stream.calibration.skeleton import BlockList, Skeleton, build_skeleton, put_tensor
 from esm_stream.planning.plan import ChainPlan
-from esm_stream.stages.context import Context, TaskResult, require_finite
+from esm_stream.stages.context import Context, TaskResult, blame, is_finite
 from esm_stream.stopping import check
 
 
@@ -34,7 +34,16 @@ def run(context: Context) -> TaskResult:
         check()
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         recording = record_calls(model, blocks, inputs, chain.wrap)
-        require_finite(recording.hidden, "hidden state before block 0", expert, recording.hidden)
+        if not is_finite(recording.hidden):
+            outside = [
+                t for n, t in skeleton.stored.items() if not n.startswith(f"{chain.prefix}.")
+            ]
+            raise blame(
+                context,
+                outside,
+                f'what precedes block 0 of expert "{expert}" gives NaN or Inf on its calibration '
+                "samples; check the samples",
+            )
         states.append({"hidden": recording.hidden})
         calls.append(recording.calls)
     arguments, hidden = context.directory.arguments(expert), context.directory.hidden(expert, 0)
@@ -42,7 +51,8 @@ def run(context: Context) -> TaskResult:
     save_calls(arguments, calls)
     save_batches(hidden, states)
     record = context.directory.record
-    return TaskResult([record(arguments), record(hidden, transient=True)])
+    tokens = sum(state["hidden"].shape[:-1].numel() for state in states)
+    return TaskResult([record(arguments), record(hidden, transient=True)], {"tokens": tokens})
 
 
 def expert_skeleton(context: Context, expert: str) -> Skeleton:

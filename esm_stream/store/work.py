@@ -86,7 +86,8 @@ class WorkDirectory:
 
     def marker(self, key: str) -> Path:
         """Marker of one task."""
-        return self.root / "done" / Path(*map(file_name, key.split("/"))).with_suffix(".json")
+        *folders, name = map(file_name, key.split("/"))
+        return self.root.joinpath("done", *folders, f"{name}.json")
 
     def of(self, output: Output) -> Path:
         """Absolute path of an output."""
@@ -192,7 +193,7 @@ def tasks_to_run(
 
     Args:
         order: All tasks, each after the tasks it depends on.
-        readers: The tasks that depend directly on a task.
+        readers: The tasks that read the transient outputs of a task.
         is_valid: The marker's fingerprint matches and its persistent outputs are whole.
         has_transients: The transient outputs are whole.
     """

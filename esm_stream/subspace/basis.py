@@ -19,6 +19,7 @@ from torch import Tensor
 
 _EPSILON = torch.finfo(torch.float64).eps
 _PANEL_ROWS = 1024
+_PANEL_NUMBERS = 1 << 20
 
 
 class SecondMoment(Protocol):
@@ -92,8 +93,13 @@ def coordinates(basis_OK: Tensor, update_OI: Tensor) -> Tensor:
 
 
 def frobenius_norm(update_OI: Tensor) -> float:
-    """Frobenius norm, summed in float64 without a copy of the tensor."""
-    return float(torch.linalg.vector_norm(update_OI, dtype=torch.float64))
+    """Frobenius norm, summed in float64; NaN or Inf exactly when an entry is.
+
+    In panels, because torch makes a float64 copy of what it is asked to sum in float64.
+    """
+    panels = update_OI.flatten().split(_PANEL_NUMBERS)
+    norms = [torch.linalg.vector_norm(panel, dtype=torch.float64) for panel in panels]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def shift_moment(update_OI: Tensor, moment_II: Tensor | None) -> Tensor:
