@@ -226,7 +226,6 @@ def _local_client(memory: int, parallel: int) -> Iterator[Any]:
             n_workers=1,
             threads_per_worker=parallel,
             processes=False,
-            host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             worker_dashboard_address="127.0.0.1:0",
             memory_limit=0,

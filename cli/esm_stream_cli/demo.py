@@ -23,7 +23,6 @@ def demo(
     """
     with clear_errors():
         from esm_stream.demo import run
-
         from esm_stream_cli.merge import merge_quietly
 
         result = run(directory, merge_quietly, report=lambda line: typer.echo(line, err=True))

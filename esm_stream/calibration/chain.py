@@ -12,7 +12,7 @@ The matrices are then observed on the meta device, one block of each distinct sh
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,10 +41,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One pass over the skeleton: the first block's hidden state, and every block's call."""
+    """One pass over the skeleton: the first block's hidden state, and every block's call.
+
+    `modules` are those with parameters of their own that ran before the last block did.
+    """
 
     hidden: Tensor
     calls: tuple[Call, ...]
+    modules: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class ObservedMatrix:
 class Chain:
     """A model that can be streamed: its blocks run in order, each from the last one's output.
 
-    `width` is the hidden state's number of features, `tokens` its length for the dummy sample.
+    `width` is the hidden state's number of features, `tokens` its length for the dummy sample;
+    `stem` names the parameters and buffers of the modules that run before the last block.
     """
 
     prefix: str
@@ -71,6 +76,7 @@ class Chain:
     wrap: Wrap
     width: int
     tokens: int
+    stem: tuple[str, ...]
     matrices: tuple[tuple[ObservedMatrix, ...], ...]
     silent: tuple[str, ...] = field(default=())
 
@@ -101,7 +107,8 @@ def plan_chain(skeleton: Skeleton, inputs: Mapping[str, Tensor] | None) -> Chain
         _require_chain(blocks.name(index), call, other)
     matrices, silent = _observe_all(blocks, recording, wrap)
     tokens, width = recording.hidden.shape[-2:]
-    return Chain(blocks.prefix, len(blocks.blocks), wrap, width, tokens, matrices, silent)
+    stem = tuple(_tensors_outside(model, blocks, recording.modules))
+    return Chain(blocks.prefix, len(blocks.blocks), wrap, width, tokens, stem, matrices, silent)
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -205,13 +212,27 @@ def record_calls(
             block.forward = partial(recorder.stub, index)
             undo.callback(delattr, block, "forward")
         for module in _modules_with_parameters_outside(model, blocks):
-            undo.callback(module.register_forward_pre_hook(recorder.stop_after_blocks).remove)
+            undo.callback(module.register_forward_pre_hook(recorder.before_module).remove)
         undo.enter_context(suppress(_FinishedError))
         undo.enter_context(torch.inference_mode())
         undo.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)
         model(**inputs, **_forward_flags(model))
     return recorder.recording()
+
+
+def _tensors_outside(
+    model: nn.Module, blocks: BlockList, used: Sequence[nn.Module]
+) -> Iterator[str]:
+    """Names of parameters of the used modules, and of all persistent buffers outside the blocks."""
+    owners = {id(module) for module in used}
+    kept = set(model.state_dict())
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(f"{blocks.prefix}."):
+            continue
+        prefix = f"{name}." if name else ""
+        names = [*(module._parameters if id(module) in owners else ()), *module._buffers]
+        yield from (prefix + n for n in names if prefix + n in kept)
 
 
 def _modules_with_parameters_outside(model: nn.Module, blocks: BlockList) -> list[nn.Module]:
@@ -247,6 +268,7 @@ class _Recorder:
         self._places: set[int | str] = set()
         self._first: dict[int | str, Any] = {}
         self._last: Tensor | None = None
+        self._modules: dict[int, nn.Module] = {}
 
     def stub(self, index: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any block's forward
         """Record one call and return a fresh tensor in the shape of the hidden state."""
@@ -272,10 +294,11 @@ class _Recorder:
         self._last = (hidden + noise).to(hidden.dtype) if self._perturb else hidden.detach()
         return self._last if self._wrap == "tensor" else (self._last,)
 
-    def stop_after_blocks(self, *_: object) -> None:
+    def before_module(self, module: nn.Module, _: object) -> None:
         """Hook of everything outside the blocks: after the last block nothing else is run."""
         if len(self._order) >= len(self._blocks.blocks):
             raise _FinishedError
+        self._modules[id(module)] = module
 
     def recording(self) -> Recording:
         """What was recorded.
@@ -293,7 +316,8 @@ class _Recorder:
             raise UnsupportedModelError(
                 f"the blocks of '{self._blocks.prefix}' take their input differently"
             )
-        return Recording(self._first[first_place].clone(), tuple(self._calls))
+        hidden = self._first[first_place].clone()
+        return Recording(hidden, tuple(self._calls), tuple(self._modules.values()))
 
     def _place_of_first(self) -> int | str:
         """Where the first block takes the hidden state."""

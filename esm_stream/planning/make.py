@@ -56,6 +56,7 @@ def _chain_plan(opened: Opened) -> ChainPlan:
         width=opened.chain.width,
         tokens_per_sample=_tokens_per_sample(opened),
         dtype=opened.dtype,
+        stem=opened.chain.stem,
     )
 
 

@@ -94,7 +94,10 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
-    """How the experts' forwards are streamed; absent when no method needs data."""
+    """How the experts' forwards are streamed; absent when no method needs data.
+
+    `stem` names the parameters outside the blocks that what precedes the blocks uses.
+    """
 
     prefix: str
     num_blocks: int
@@ -102,6 +105,7 @@ class ChainPlan:
     width: int
     tokens_per_sample: int
     dtype: str
+    stem: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +171,11 @@ class Plan:
         for task in self.tasks.values():
             for key in task.after:
                 before = self.tasks[key]
-                same_expert = task.stage == "forward" and before.expert == task.expert
-                if same_expert or (task.stage, before.stage) == ("seal", "write"):
+                next_block = task.expert == before.expert and task.block == before.block + 1
+                if (task.stage == "forward" and next_block) or (task.stage, before.stage) == (
+                    "seal",
+                    "write",
+                ):
                     found[key].append(task.key)
         return found
 
@@ -269,6 +276,8 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     for key in sorted({*old, *new}):
         if key.startswith(UNBOUND) or old.get(key, _ABSENT) == new.get(key, _ABSENT):
             continue
+        if any(other.startswith(f"{key}[") for other in (*old, *new)):
+            continue  # an empty list that is filled, or the other way: its items tell
         shown = [repr(side[key]) if key in side else "(absent)" for side in (old, new)]
         lines.append(f"{key}: {shown[0]} -> {shown[1]}")
     return lines

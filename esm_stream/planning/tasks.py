@@ -50,7 +50,7 @@ class TaskBuilder:
         tasks = [*self._forward_stages(), *self._merges()]
         tasks += self._scales()
         tasks += self._writes()
-        return topological([*tasks, self._finish()])
+        return topological([*tasks, self._finish(tasks)])
 
     # Forward ---------------------------------------------------------------------------------
 
@@ -90,8 +90,7 @@ class TaskBuilder:
     def _stem(self, expert: str) -> Task:
         assert self._chain is not None
         checkpoint = self._opened.experts[expert]
-        prefixes = self._block_tensors()
-        outside = [n for n in checkpoint.tensors if n not in prefixes]
+        outside = self._stem_tensors()
         hidden = self._hidden_bytes()
         return self._task(
             f"stem/{expert}",
@@ -102,7 +101,9 @@ class TaskBuilder:
                 _config_identity(checkpoint),
                 [checkpoint.identity(n) for n in outside],
             ],
+            reads=tuple(outside),
             writes=(f"hidden/{expert}/0000.safetensors", f"hidden/{expert}/arguments.safetensors"),
+            read_bytes=_sizes(checkpoint, self._converted(checkpoint, outside)),
             write_bytes=2 * hidden,
             kept_bytes=hidden,
             peak_bytes=budget.TASK_OVERHEAD + 6 * hidden + self._cast_bytes(checkpoint, outside),
@@ -114,17 +115,18 @@ class TaskBuilder:
         checkpoint, chain = self._opened.experts[expert], self._chain
         tensors = self._tensors_of_block(block)
         matrices = [m for m in self._treatments.matrices.values() if m.moment and m.block == block]
+        number = list(self._opened.experts).index(expert)
         before = [f"forward/{name}/{block - 1:04d}" for name in self._opened.experts]
         arrays = sum(self._factor_bytes(m) for m in matrices)
         hidden = self._hidden_bytes()
         return self._task(
             f"forward/{expert}/{block:04d}",
             "forward",
-            after=tuple(before) if block else (f"stem/{expert}",),
-            depends=(before[list(self._opened.experts).index(expert)],) if block else None,
+            after=(f"stem/{expert}", *(before if block else ())),
+            depends=(before[number],) if block else (f"stem/{expert}",),
             identity=[
                 chain,
-                list(self._opened.experts).index(expert),
+                number,
                 _config_identity(checkpoint),
                 [checkpoint.identity(name) for name in tensors],
                 [self._opened.base.identity(p.tensor) for m in matrices for p in m.parts],
@@ -265,7 +267,8 @@ class TaskBuilder:
 
     def _write(self, key: str, layout: ShardLayout, names: Sequence[str]) -> Task:
         plans = [self._treatments.tensors[name] for name in names]
-        after, read = [], 0
+        after: list[str] = []
+        depends, read = [], 0
         identity: list[object] = [layout.header.hex()]
         for plan in plans:
             read += self._opened.base.tensors[plan.name].nbytes
@@ -273,9 +276,9 @@ class TaskBuilder:
             identity.append(self._opened.base.identity(plan.name))
             if plan.treatment == "factors":
                 matrix = self._treatments.matrices[str(plan.matrix)]
-                after.append(
-                    f"scale/{matrix.group}" if matrix.scaled else self._update_keys[matrix.name]
-                )
+                merge, scale = self._update_keys[matrix.name], f"scale/{matrix.group}"
+                depends.append(scale if matrix.scaled else merge)
+                after += [merge, depends[-1]]
             elif (
                 plan.treatment == "elementwise"
                 or not self._opened.base.tensors[plan.name].kind.is_float
@@ -289,6 +292,7 @@ class TaskBuilder:
             key,
             "write",
             after=tuple(dict.fromkeys(after)),
+            depends=tuple(dict.fromkeys(depends)),
             identity=identity,
             reads=tuple(names),
             writes=(layout.file_name,),
@@ -301,12 +305,14 @@ class TaskBuilder:
             tensors=tuple(names),
         )
 
-    def _finish(self) -> Task:
+    def _finish(self, tasks: Sequence[Task]) -> Task:
+        """The report reads the markers of all tasks, so it comes after all of them."""
         base = self._opened.base
         return self._task(
             "finish",
             "finish",
-            after=tuple(f"seal/{layout.file_name}" for layout in self._layouts),
+            after=tuple(task.key for task in tasks),
+            depends=tuple(f"seal/{layout.file_name}" for layout in self._layouts),
             identity=[_folder_identity(base.root), [x.file_name for x in self._layouts]],
             writes=("config.json", "README.md", "report.json", "complete.json"),
             peak_bytes=budget.TASK_OVERHEAD,
@@ -339,12 +345,11 @@ class TaskBuilder:
         module = f"{self._chain.prefix}.{block}"
         return list(dict.fromkeys(self._opened.skeleton.tensors_of(module).values()))
 
-    def _block_tensors(self) -> set[str]:
+    def _stem_tensors(self) -> list[str]:
         assert self._opened.skeleton is not None
         assert self._chain is not None
-        inside = f"{self._chain.prefix}."
         stored = self._opened.skeleton.stored
-        return {tensor for name, tensor in stored.items() if name.startswith(inside)}
+        return list(dict.fromkeys(stored[name] for name in self._chain.stem if name in stored))
 
     def _hidden_tokens(self) -> int:
         assert self._chain is not None
@@ -369,12 +374,14 @@ class TaskBuilder:
         """Copies made of tensors that are not stored in the forward's dtype, or not on the CPU."""
         on_cpu = self._opened.manifest.run.device == "cpu"
         size = {"float32": 4, "float64": 8}.get(self._opened.dtype, 2)
-        infos = [checkpoint.tensors[n] for n in names if n in checkpoint.tensors]
-        return sum(
-            i.numel * size
-            for i in infos
-            if i.kind.is_float and not (on_cpu and i.kind.torch_name == self._opened.dtype)
-        )
+        copied = self._converted(checkpoint, names) if on_cpu else names
+        return sum(checkpoint.tensors[n].numel * size for n in copied)
+
+    def _converted(self, checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+        """Float tensors that are not stored in the forward's dtype."""
+        infos = [checkpoint.tensors[n] for n in names]
+        dtype = self._opened.dtype
+        return [i.name for i in infos if i.kind.is_float and i.kind.torch_name != dtype]
 
 
 def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts: int) -> object:

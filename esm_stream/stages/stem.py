@@ -24,10 +24,12 @@ def run(context: Context) -> TaskResult:
     skeleton = expert_skeleton(context, expert)
     model = copy.deepcopy(skeleton.model)
     reader = context.reader(expert)
-    for name, tensor in skeleton.stored.items():
-        if not name.startswith(f"{chain.prefix}."):
-            value = reader.lookup(tensor)
-            put_tensor(model, name, value.to(dtype) if value.is_floating_point() else value)
+    used = {name: skeleton.stored[name] for name in chain.stem if name in skeleton.stored}
+    for name, tensor in used.items():
+        value = reader.lookup(tensor)
+        if value.is_floating_point() and value.dtype != dtype:
+            value = reader.tensor(tensor).to(dtype)
+        put_tensor(model, name, value)
     blocks = _blocks(Skeleton(model, {}, {}), chain)
     states, calls = [], []
     for batch in load_batches(context.directory.inputs(expert)):
@@ -35,12 +37,9 @@ def run(context: Context) -> TaskResult:
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         recording = record_calls(model, blocks, inputs, chain.wrap)
         if not is_finite(recording.hidden):
-            outside = [
-                t for n, t in skeleton.stored.items() if not n.startswith(f"{chain.prefix}.")
-            ]
             raise blame(
                 context,
-                outside,
+                used.values(),
                 f'what precedes block 0 of expert "{expert}" gives NaN or Inf on its calibration '
                 "samples; check the samples",
             )

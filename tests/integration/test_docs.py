@@ -161,6 +161,7 @@ def test_esm_page_names_every_profile() -> None:
 
 def test_commands_page_has_every_command_and_flag_and_no_other() -> None:
     import typer.main
+
     from esm_stream_cli.app import app
 
     group = typer.main.get_command(app)
