@@ -8,6 +8,7 @@ To:    card.py, people and programs.
 """
 
 import math
+from importlib.metadata import version
 from typing import Any
 
 from esm_stream.checkpoints.checkpoint import Checkpoint
@@ -26,7 +27,8 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
     merge = plan.manifest["merge"]
     matrices = {m.name: _matrix(plan, directory, m) for m in plan.matrices.values()}
     report = {
-        "esm_stream": plan.version,
+        "versions": {"esm-stream": plan.version}
+        | {n: version(n) for n in ("torch", "transformers")},
         "method": merge["method"],
         "alpha": merge["alpha"],
         "options": merge["options"],
@@ -44,7 +46,7 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
             for name, t in plan.tensors.items()
         },
         "matrices": matrices,
-        "warnings": _warnings(plan, matrices),
+        "warnings": _warnings(matrices, experts),
         "notes": list(plan.notes),
         "bytes_read": _bytes_read(plan, directory),
     }
@@ -102,7 +104,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
     return found
 
 
-def _warnings(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
+def _warnings(matrices: dict[str, dict[str, Any]], experts: dict[str, Checkpoint]) -> list[str]:
     """What a careful user should know before trusting the result."""
     lines = []
     for name, numbers in matrices.items():
@@ -116,17 +118,17 @@ def _warnings(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
                     f"{name}: stacked {side} have condition {condition:.1e}, {dropped} directions "
                     "dropped"
                 )
-    lines += _small_updates(plan, matrices)
+    lines += _small_updates(matrices, experts)
     return lines
 
 
-def _small_updates(plan: Plan, matrices: dict[str, dict[str, Any]]) -> list[str]:
+def _small_updates(
+    matrices: dict[str, dict[str, Any]], experts: dict[str, Checkpoint]
+) -> list[str]:
     """Experts whose updates drown in the rounding of 16-bit storage."""
-    from esm_stream.stages.context import checkpoint_at
-
     lines = []
-    for expert, root in plan.experts.items():
-        tensors = checkpoint_at(root).tensors
+    for expert, checkpoint in experts.items():
+        tensors = checkpoint.tensors
         small = [
             name
             for name, numbers in matrices.items()
