@@ -49,12 +49,14 @@ def _console() -> "Console":
 
 def show(made: "Plan", console: "Console") -> None:
     """Print a plan for people."""
+    from rich.markup import escape
+
     from esm_stream.budget import format_flops, format_size
 
     merge = made.manifest["merge"]
     console.print(
         f"[bold]{merge['method']}[/] of {len(made.experts)} experts "
-        f"({', '.join(made.experts)}) -> {made.output}"
+        f"({', '.join(made.experts)}) -> {escape(str(made.output))}"
     )
     if made.chain is not None:
         console.print(
@@ -71,18 +73,19 @@ def show(made: "Plan", console: "Console") -> None:
     console.print(
         f"tasks         {len(made.tasks)} ({tasks}, ...)\n"
         f"read          {format_size(made.read_bytes)} of tensors\n"
-        f"write         {format_size(made.output_bytes)} in {made.output}\n"
-        f"work          up to {format_size(made.work_bytes)} in {made.work}\n"
+        f"write         {format_size(made.output_bytes)} in {escape(str(made.output))}\n"
+        f"work          up to {format_size(made.work_bytes)} in {escape(str(made.work))}\n"
         f"peak memory   {format_size(made.peak_bytes)} (task '{largest.key}'), "
         f"budget {format_size(made.memory)}\n"
         f"operations    {format_flops(made.flops)}",
         highlight=False,
     )
     for note in made.notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 
 
 def _roles(made: "Plan") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     from esm_stream.budget import format_size
@@ -99,7 +102,7 @@ def _roles(made: "Plan") -> "Table":
         keys = [f"merge/{m.name}" for m in found]
         peak = max(made.tasks[key].peak_bytes for key in keys)
         table.add_row(
-            _short(first.role),
+            escape(_short(first.role)),
             str(len(found)),
             f"{first.outputs} x {first.inputs}",
             str(method),
@@ -117,6 +120,7 @@ def _short(role: str) -> str:
 
 
 def _others(made: "Plan") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     counts: dict[tuple[str, str, str], int] = {}
@@ -130,5 +134,5 @@ def _others(made: "Plan") -> "Table":
     for title in ("method", "why", "alpha", "tensors"):
         table.add_column(title, justify="right" if title in ("tensors", "alpha") else "left")
     for (method, why, alpha), count in counts.items():
-        table.add_row(method, why, alpha, str(count))
+        table.add_row(method, escape(why), alpha, str(count))
     return table

@@ -34,12 +34,10 @@ def status(
             left = format_size(stage.bytes_left) if stage.bytes_left else "-"
             table.add_row(stage.name, str(stage.done), str(stage.tasks), left)
         console.print(table)
-        console.print(f"output: {found.output}", highlight=False)
+        typer.echo(f"output: {found.output}")
         if found.holder:
-            console.print(f"running: {found.holder}", highlight=False)
+            typer.echo(f"running: {found.holder}")
         elif found.complete:
-            console.print("complete; nothing remains to be done")
+            typer.echo("complete; nothing remains to be done")
         else:
-            console.print(
-                f"not running; to go on: esm-stream merge {found.manifest}", highlight=False
-            )
+            typer.echo(f"not running; to go on: esm-stream merge {found.manifest}")
