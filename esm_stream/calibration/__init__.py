@@ -6,5 +6,4 @@ chain.py     may the blocks run one after the other, each from its predecessor's
 arguments.py what the skeleton hands to each block, and hidden states, as files
 hooks.py     which modules are observed, registered and removed in one place
 moments.py   running second moments of what hooks see
-blocks.py    one block of one expert on all its micro-batches
 """

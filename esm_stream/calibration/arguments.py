@@ -1,7 +1,7 @@
 """What the skeleton hands to each block, and hidden states between blocks, as files.
 
-From:  chain.py's recordings, one per micro-batch; blocks.py's outputs.
-To:    blocks.py, in the same or another process.
+From:  chain.py's recordings, one per micro-batch; outputs of blocks.
+To:    stages/forward.py, in the same or another process.
 
 Both are safetensors files. The nesting of the arguments is JSON in the file's metadata, in which
 tensors are numbered; a tensor that many blocks are handed is stored once.
@@ -9,18 +9,16 @@ tensors are numbered; a tensor that many blocks are handed is stored once.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from esm_stream.store.files import write_atomically
-
-if TYPE_CHECKING:
-    from esm_stream.calibration.chain import Call
 
 
 class _Hidden(Enum):
@@ -29,6 +27,14 @@ class _Hidden(Enum):
 
 HIDDEN: Final = _Hidden.HIDDEN
 """Stands for the hidden state among a block's arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one block was handed: arguments with the hidden state replaced by HIDDEN."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def unsupported_value(value: Any) -> str | None:  # noqa: ANN401 - arguments are any type
@@ -40,7 +46,7 @@ def unsupported_value(value: Any) -> str | None:  # noqa: ANN401 - arguments are
     return type(value).__name__
 
 
-def save_calls(path: Path, batches: Sequence[Sequence["Call"]]) -> None:
+def save_calls(path: Path, batches: Sequence[Sequence[Call]]) -> None:
     """Write the calls of all blocks (inner) for all micro-batches (outer)."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[int, str] = {}
@@ -70,10 +76,8 @@ def save_calls(path: Path, batches: Sequence[Sequence["Call"]]) -> None:
     write_atomically(path, save(tensors, {"calls": json.dumps(structure)}))
 
 
-def load_calls(path: Path, block: int) -> list["Call"]:
+def load_calls(path: Path, block: int) -> list[Call]:
     """The calls of one block, one per micro-batch, in order."""
-    from esm_stream.calibration.chain import Call
-
     with safe_open(path, "pt") as file:
         structure = json.loads(file.metadata()["calls"])
 

@@ -22,21 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esm_stream.calibration.arguments import HIDDEN, unsupported_value
+from esm_stream.calibration.arguments import HIDDEN, Call, unsupported_value
 from esm_stream.calibration.hooks import Layout, layout_of, observe_inputs
 from esm_stream.calibration.skeleton import BlockList, Skeleton, put_tensor
 from esm_stream.errors import UnsupportedModelError
 
 Wrap = Literal["tensor", "tuple"]
 DUMMY_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What one block was handed: arguments with the hidden state replaced by HIDDEN."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A transformers model without weights: its blocks, and which checkpoint tensor is which parameter.
 
 From:  config.json and the names of a checkpoint's tensors (headers only, no tensor is read).
-To:    chain.py (may it be streamed?), plan.py (matrices), blocks.py (a block to run).
+To:    chain.py (may it be streamed?), plan.py (matrices), stages/ (a block to run).
 Cost:  parameters live on the meta device, buffers are real: a 70B model takes about 0.2 s.
 
 A *block* is one child of an outermost ModuleList; the *skeleton* is everything else.

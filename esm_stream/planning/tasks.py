@@ -14,6 +14,7 @@ from typing import Literal
 
 from esm_stream import budget
 from esm_stream.checkpoints.checkpoint import Checkpoint
+from esm_stream.checkpoints.companions import model_files
 from esm_stream.errors import BudgetError
 from esm_stream.methods import factor_method
 from esm_stream.planning.opening import Opened
@@ -471,32 +472,3 @@ def _folder_identity(root: Path) -> object:
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-WEIGHT_ENDINGS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".index.json",
-    ".partial",
-    ".tmp",
-)
-OUR_FILES = ("README.md", "report.json", "complete.json")
-
-
-def model_files(root: Path) -> list[Path]:
-    """Files of a model that its merged model has too: config, tokenizer, processor."""
-    return [
-        path
-        for path in sorted(root.iterdir())
-        if path.is_file()
-        and not path.name.endswith(WEIGHT_ENDINGS)
-        and not path.name.startswith(".")
-        and path.name not in OUR_FILES
-    ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_stream.checkpoints.checkpoint import INDEX_NAME
-from esm_stream.planning.tasks import model_files
+from esm_stream.checkpoints.companions import model_files
 from esm_stream.report.card import model_card
 from esm_stream.report.numbers import build_report
 from esm_stream.stages.context import Context, TaskResult, checkpoint_at
