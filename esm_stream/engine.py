@@ -19,7 +19,7 @@ from esm_stream.checkpoints.reader import TensorReader, equal_bytes
 from esm_stream.errors import BudgetError, ChangedError, InputError
 from esm_stream.events import Event, Listener, broadcast, log_to
 from esm_stream.planning.plan import STAGES, Plan, Task, changed_keys, load_plan
-from esm_stream.schedule import require_scheduler, run_tasks
+from esm_stream.schedule import require_scheduler, run_task, run_tasks
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
 from esm_stream.stages.write import different_integers, layouts_of
@@ -81,15 +81,29 @@ def merge(
                 data={"tasks": len(plan.tasks), "reused": len(plan.tasks) - len(todo)},
             )
         )
-        for stages in (("inputs",), None):
-            keys = [
-                key
-                for key, task in plan.tasks.items()
-                if key in todo and (task.stage in stages if stages else task.stage != "inputs")
-            ]
-            _run(plan, keys, scheduler, parallel, listen)
+        keys = [key for key in plan.tasks if key in todo]
+        _draw_inputs(plan, [key for key in keys if plan.tasks[key].stage == "inputs"], listen)
+        rest = [key for key in keys if plan.tasks[key].stage != "inputs"]
+        _run(plan, rest, scheduler, parallel, listen)
         listen(Event("run_finished", message=str(plan.output)))
     return Outcome(plan.output, len(todo), len(plan.tasks) - len(todo))
+
+
+def _draw_inputs(plan: Plan, keys: list[str], listen: Listener) -> None:
+    """Draw the calibration inputs of all experts, here and first: the last mistakes to be found.
+
+    Raises:
+        InputError: Every mistake in the calibration data of every expert.
+    """
+    problems: list[str] = []
+    for key in keys:
+        try:
+            listen(finished(plan.tasks[key], run_task(str(plan.directory.plan), key)))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        listen(Event("task_failed", message=problems[0]))
+        raise InputError(list(dict.fromkeys(problems)))
 
 
 def _run(plan: Plan, keys: list[str], scheduler: str, parallel: int, listen: Listener) -> None:

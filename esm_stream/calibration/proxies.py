@@ -216,15 +216,22 @@ def _process_images(items: Iterable[Any], model: Path, path: Path) -> list[dict[
                 f"{str(error).strip().splitlines()[0]}"
             ]
         ) from error
+    config = json.loads((model / "config.json").read_bytes())
+    mode = "L" if config.get("num_channels") == 1 else "RGB"
     samples = []
     for item in items:
-        image = _as_image(item)
-        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        try:
+            pixels = processor(_as_image(item, mode), return_tensors="pt")["pixel_values"]
+        except (ValueError, TypeError) as error:
+            name = item if isinstance(item, Path) else path
+            raise InputError(
+                [f"{name}: the image processor of {model} refuses an image: {error}"]
+            ) from error
         samples.append({"pixel_values": pixels[0]})
     return samples
 
 
-def _as_image(item: Any) -> Any:  # noqa: ANN401 - an array or a file, to a PIL image
+def _as_image(item: Any, mode: str) -> Any:  # noqa: ANN401 - an array or a file, to a PIL image
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -233,7 +240,7 @@ def _as_image(item: Any) -> Any:  # noqa: ANN401 - an array or a file, to a PIL 
         ) from error
     try:
         image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
-        return image.convert("RGB") if isinstance(item, Path) else image
+        return image.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
         raise InputError([f"{item}: not a readable image: {error}"]) from error
 

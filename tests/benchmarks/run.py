@@ -110,7 +110,8 @@ def memory_lines(folder: Path, base: Measured, merged: Measured) -> list[str]:
         f"- peak above the import base: {above / MIB:.0f} MiB; largest task as planned: "
         f"{projected / MIB:.0f} MiB; budget: 2048 MiB",
         f"- the experts' files hold {experts} bytes, {read['experts']} were read of them; of the "
-        f"base {read['base']} bytes were read",
+        f"base {read['base']} bytes were read (headers are not counted; norms are read to run "
+        "their block and once more to average them)",
         f"- work directory: {_size(folder / 'merged.work') / MIB:.0f} MiB; output "
         f"{_size(folder / 'merged') / MIB:.0f} MiB",
         f"- seconds of task time by stage: {seconds}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -14,6 +15,8 @@ from conftest import MakeZoo
 from models import (
     Zoo,
     change_tensors,
+    make_zoo,
+    save_image_processor,
     save_tokenizer,
     tensors_of,
     toml,
@@ -580,3 +583,35 @@ def test_texts_of_a_shared_file_serve_every_expert(found: Zoo, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert (tmp_path / "merged/tokenizer.json").is_file()
     assert tensors_of(tmp_path / "merged").keys() == tensors_of(found.base).keys()
+
+
+def test_mistakes_in_the_samples_of_every_expert_are_told_at_once(
+    found: Zoo, tmp_path: Path
+) -> None:
+    save_tokenizer(found.base)
+    experts = []
+    for number, (name, path) in enumerate(found.experts.items()):
+        samples = tmp_path / f"{name}.jsonl"
+        samples.write_text('{"text": "a b"}\n' if number == 0 else '{"body": "a b"}\n')
+        experts.append({"name": name, "model": str(path), "calibration": str(samples)})
+    document = found.document(tmp_path / "merged", experts=experts)
+    (tmp_path / "m.toml").write_text(toml(document))
+    result = esm_stream("merge", tmp_path / "m.toml", "--scheduler", "sync")
+    assert result.exit_code == 4
+    for number, name in enumerate(found.experts):
+        assert (f"{name}.jsonl" in words(result)) == (number > 0), result.output
+    assert not list((tmp_path / "merged").glob("*.safetensors"))
+
+
+def test_grey_images_become_what_the_model_takes(tmp_path: Path) -> None:
+    vision = make_zoo(tmp_path / "zoo", "vit", num_channels=3)
+    save_image_processor(vision.base)
+    grey = np.random.default_rng(0).integers(0, 255, (5, 20, 24), dtype=np.uint8)
+    np.savez(tmp_path / "grey.npz", images=grey)
+    experts = [{"name": name, "model": str(path)} for name, path in vision.experts.items()]
+    document = vision.document(
+        tmp_path / "merged", experts=experts, calibration={"data": "grey.npz"}
+    )
+    (tmp_path / "m.toml").write_text(toml(document))
+    result = esm_stream("merge", tmp_path / "m.toml", "--scheduler", "sync")
+    assert result.exit_code == 0, result.output
