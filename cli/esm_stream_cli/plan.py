@@ -26,9 +26,11 @@ def plan(
 ) -> None:
     """Show what a merge will do and cost: matrices, methods, memory, disk, bytes, operations.
 
-    Reads headers and configurations only.
+    Reads headers and configurations only. A plan over the memory budget is shown with a warning;
+    merge refuses it.
     """
     with clear_errors():
+        from esm_stream.errors import BudgetError
         from esm_stream.planning.make import make_plan
         from esm_stream.planning.tasks import check_budget
 
@@ -37,7 +39,10 @@ def plan(
             typer.echo(made.dump().decode())
         else:
             show(made, _console())
-        check_budget(made.tasks, made.memory)
+        try:
+            check_budget(made.tasks, made.memory)
+        except BudgetError as error:
+            typer.echo(f"warning: merge will be refused: {error}", err=True)
 
 
 def _console() -> "Console":

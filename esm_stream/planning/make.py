@@ -39,6 +39,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         output_dtype=manifest.output.dtype,
         shard_size=manifest.output.shard_size,
         memory=manifest.run.memory,
+        modality=opened.modality,
         chain=chain,
         matrices=treatments.matrices,
         tensors=treatments.tensors,

@@ -148,11 +148,18 @@ class Plan:
     output_dtype: str
     shard_size: str | int
     memory: int
+    modality: Literal["vision", "language"]
     chain: ChainPlan | None
     matrices: dict[str, Matrix]
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def method(self) -> MethodChoice:
+        """The merge's main method."""
+        merge = self.manifest["merge"]
+        return MethodChoice(merge["method"], merge["options"], self.modality)
 
     @property
     def directory(self) -> WorkDirectory:

@@ -22,6 +22,7 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         "|---|---|",
         f"| method | {report['method']} |",
         f"| options | `{json.dumps(report['options'], sort_keys=True)}` |",
+        *([f"| all choices | `{json.dumps(report['choices'])}` |"] if report["choices"] else []),
         f"| alpha | {_alphas(plan)} |",
         f"| versions | {', '.join(f'{n} {v}' for n, v in report['versions'].items())} |",
         f"| base | `{plan.base}` |",

@@ -8,10 +8,13 @@ To:    card.py, people and programs.
 """
 
 import math
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from esm_stream.checkpoints.checkpoint import Checkpoint
+from esm_stream.methods import create
+from esm_stream.methods.esm import Esm
 from esm_stream.planning.plan import Matrix, Plan
 from esm_stream.store.work import WorkDirectory
 
@@ -32,6 +35,7 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
         "method": merge["method"],
         "alpha": merge["alpha"],
         "options": merge["options"],
+        "choices": _choices(plan),
         "rules": merge["rules"],
         "base": _identity(base),
         "experts": {name: _identity(checkpoint) for name, checkpoint in experts.items()},
@@ -52,6 +56,12 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
     }
     finite: dict[str, Any] = _finite(report)
     return finite
+
+
+def _choices(plan: Plan) -> dict[str, Any]:
+    """Every choice of the main method, given or from its profile; empty if it has no profile."""
+    method = create(plan.method.name, plan.method.options, plan.method.modality)
+    return asdict(method.profile) if isinstance(method, Esm) else {}
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:

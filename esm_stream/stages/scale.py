@@ -1,5 +1,7 @@
 """Stage 5: norms of the merged updates of one role -> the scale of each (ESM's layer level)."""
 
+from esm_stream.methods import create
+from esm_stream.methods.esm import Esm
 from esm_stream.planning.plan import Matrix, Plan
 from esm_stream.scaling.layer import layer_scales
 from esm_stream.stages.context import Context, TaskResult
@@ -14,12 +16,7 @@ def run(context: Context) -> TaskResult:
 
 def _exponent(plan: Plan) -> float:
     """Power of the layer level, of the merge's main method."""
-    from esm_stream.methods import create
-    from esm_stream.methods.esm import Esm
-
-    merge = plan.manifest["merge"]
-    modality = next(iter(plan.matrices.values())).method.modality
-    method = create(merge["method"], merge["options"], modality)
+    method = create(plan.method.name, plan.method.options, plan.method.modality)
     assert isinstance(method, Esm)
     return method.profile.exponent
 

@@ -29,28 +29,30 @@ class Measured:
 
 
 def measure(command: list[str], *, env: dict[str, str] | None = None) -> Measured:
-    """Run a command to its end, sampling RssAnon of its process every 10 ms."""
+    """Run a command to its end, sampling RssAnon and VmHWM of its process every 10 ms."""
     started = time.monotonic()
     process = subprocess.Popen(
         command, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL
     )
-    peak = 0
+    anon = rss = 0
     status = Path(f"/proc/{process.pid}/status")
     while True:
         pid, code, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
-        peak = max(peak, _rss_anon(status))
+        anon = max(anon, _status_bytes(status, "RssAnon"))
+        rss = max(rss, _status_bytes(status, "VmHWM"))
         time.sleep(SAMPLE_SECONDS)
     wall = time.monotonic() - started
     cpu = usage.ru_utime + usage.ru_stime
-    return Measured(os.waitstatus_to_exitcode(code), peak, cpu, wall, usage.ru_maxrss * 1024)
+    return Measured(os.waitstatus_to_exitcode(code), anon, cpu, wall, rss)
 
 
-def _rss_anon(status: Path) -> int:
+def _status_bytes(status: Path, key: str) -> int:
+    """One entry of /proc/PID/status in bytes; 0 when the process is gone."""
     try:
         for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     except (FileNotFoundError, ProcessLookupError):
         pass

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "planning": {
         *("budget", "calibration", "checkpoints", "manifest", "methods", "store", "write"),
     },
-    "report": {"checkpoints", "planning", "store"},
+    "report": {"checkpoints", "methods", "planning", "store"},
     "stages": {
         *("budget", "calibration", "checkpoints", "manifest", "methods", "planning", "report"),
         *("scaling", "stopping", "store", "subspace", "write"),

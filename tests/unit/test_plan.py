@@ -181,6 +181,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         output_dtype="base",
         shard_size=5,
         memory=7,
+        modality="language",
         chain=ChainPlan("layers", 2, "tuple", 16, 12, "bfloat16", ("embed.weight",)),
         matrices={"m": matrix},
         tensors={"t": TensorPlan("t", "factors", 1.5, choice, "m", "target")},
