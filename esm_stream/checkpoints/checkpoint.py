@@ -52,11 +52,6 @@ class Checkpoint:
         header = self.file_of(name)
         return f"{header.file_size}-{header.mtime_ns}-{header.sha256}-{name}"
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
-
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the model, empty where there is none."""

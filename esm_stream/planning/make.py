@@ -1,8 +1,9 @@
 """From a manifest to a plan: open the inputs, decide every tensor's treatment, build the tasks."""
 
+from esm_stream import __version__
 from esm_stream.manifest import Manifest
 from esm_stream.planning.opening import Opened, open_inputs, ready_tokens
-from esm_stream.planning.plan import ChainPlan, Plan, version
+from esm_stream.planning.plan import ChainPlan, Plan
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
 from esm_stream.store.work import SCHEMA
@@ -28,7 +29,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     if check_memory:
         check_budget(tasks, manifest.run.memory)
     return Plan(
-        version=version(),
+        version=__version__,
         schema=SCHEMA,
         source=str(manifest.source or ""),
         manifest=manifest.model_dump(mode="json"),

@@ -18,7 +18,6 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
-from esm_stream import __version__
 from esm_stream.store.work import SCHEMA, WorkDirectory
 
 Treatment = Literal["copy", "elementwise", "factors"]
@@ -304,8 +303,3 @@ def topological(tasks: Iterable[Task]) -> dict[str, Task]:
         for task in ready:
             ordered[task.key] = pending.pop(task.key)
     return ordered
-
-
-def version() -> str:
-    """Version that a plan is stamped with."""
-    return __version__

@@ -7,7 +7,6 @@ every task that reads it is complete.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,10 +167,6 @@ class WorkDirectory:
             for pattern in ("*.tmp", "*.partial"):
                 for path in self.root.rglob(pattern):
                     path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Delete the whole directory."""
-        shutil.rmtree(self.root, ignore_errors=True)
 
 
 def hash_file(path: Path) -> str:
