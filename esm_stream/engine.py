@@ -22,11 +22,11 @@ from esm_stream.planning.plan import STAGES, Plan, Task, changed_keys, load_plan
 from esm_stream.schedule import require_scheduler, run_task, run_tasks
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
-from esm_stream.stages.write import different_integers, layouts_of
+from esm_stream.stages.write import layouts_of
 from esm_stream.store.factors import FactorStore
 from esm_stream.store.files import write_atomically
 from esm_stream.store.lock import is_locked, locked
-from esm_stream.store.work import Marker, tasks_to_run
+from esm_stream.store.work import OWN_NAMES, Marker, tasks_to_run
 from esm_stream.write.shards import PARTIAL_SUFFIX, reserve
 
 
@@ -65,6 +65,7 @@ def merge(
     require_scheduler(scheduler)
     stopping.clear()
     forget_checkpoints()
+    _require_own_work(plan)
     with locked(directory.root):
         _require_same(plan, restart=restart)
         _require_own_output(plan)
@@ -75,13 +76,9 @@ def merge(
         write_atomically(directory.plan, plan.dump())
         _lay_out(plan, todo)
         listen = broadcast(log_to(directory.events), listener)
-        listen(
-            Event(
-                "run_started",
-                data={"tasks": len(plan.tasks), "reused": len(plan.tasks) - len(todo)},
-            )
-        )
         keys = [key for key in plan.tasks if key in todo]
+        reused = len(plan.tasks) - len(keys)
+        listen(Event("run_started", data={"reused": reused, "pending": keys}))
         _draw_inputs(plan, [key for key in keys if plan.tasks[key].stage == "inputs"], listen)
         rest = [key for key in keys if plan.tasks[key].stage != "inputs"]
         _run(plan, rest, scheduler, parallel, listen)
@@ -203,20 +200,41 @@ def _require_own_output(plan: Plan) -> None:
         return
     if not plan.output.is_dir():
         raise InputError([f"{plan.output}: is not a directory; choose another [output] path"])
-    names = {path.name for path in plan.output.iterdir()}
-    known = set(layouts_of(plan)) | {name + PARTIAL_SUFFIX for name in layouts_of(plan)}
-    if names and not names & known and not (plan.output / COMPLETE).is_file():
+    names = sorted(path.name for path in plan.output.iterdir())
+    if names and _last_output(plan) != plan.output:
         raise InputError(
             [
-                f"{plan.output}: holds files that are not of this merge "
-                f"({', '.join(sorted(names)[:5])}); choose another [output] path"
+                f"{plan.output}: holds files that {plan.work} did not write last "
+                f"({', '.join(names[:5])}); choose another [output] path, or remove it"
             ]
         )
-    if names & known and not plan.directory.plan.is_file():
+
+
+def _last_output(plan: Plan) -> Path | None:
+    """The output directory that the last run of this work directory wrote to."""
+    try:
+        return Path(json.loads(plan.directory.plan.read_bytes())["output"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _require_own_work(plan: Plan) -> None:
+    """Refuse to use a directory of other files as work directory: it is swept and rewritten.
+
+    Raises:
+        InputError: Naming some of the files.
+    """
+    directory = plan.directory
+    if directory.plan.is_file() or not directory.root.exists():
+        return
+    if not directory.root.is_dir():
+        raise InputError([f"{directory.root}: is not a directory; choose another [run] work"])
+    foreign = sorted({path.name for path in directory.root.iterdir()} - OWN_NAMES)
+    if foreign:
         raise InputError(
             [
-                f"{plan.output}: holds a model already, and {plan.work} is not its work directory; "
-                "choose another [output] path, or remove it"
+                f"{directory.root}: holds files that are not of esm-stream "
+                f"({', '.join(foreign[:5])}); choose another [run] work"
             ]
         )
 
@@ -228,22 +246,27 @@ def _require_equal_integers(plan: Plan) -> None:
         InputError: Every tensor of every expert that differs.
     """
     base = checkpoint_at(plan.base)
-    names = [
-        name
-        for name, tensor in plan.tensors.items()
-        if not base.tensors[name].kind.is_float and tensor.why != "[base] skip"
-    ]
+    names = [name for name, tensor in plan.tensors.items() if tensor.treatment == "equal"]
     problems = []
     with TensorReader(base) as own:
         for expert, root in plan.experts.items():
             with TensorReader(checkpoint_at(root)) as other:
                 problems += [
-                    different_integers(plan, expert, name)
+                    _different(plan, expert, name)
                     for name in names
                     if not equal_bytes(own, other, name)
                 ]
     if problems:
         raise InputError(problems)
+
+
+def _different(plan: Plan, expert: str, name: str) -> str:
+    """What to say of an integer or FP8 tensor that differs between base and expert."""
+    return (
+        f"{plan.experts[expert]}: tensor '{name}' of expert \"{expert}\" differs from the base's "
+        "and is not a floating-point tensor that can be merged; add it to [base] skip to keep the "
+        "base's, or convert the models to bfloat16 first"
+    )
 
 
 def _require_space(plan: Plan, todo: set[str]) -> None:

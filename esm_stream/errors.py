@@ -29,6 +29,10 @@ class InputError(EsmStreamError):
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
 
+    def __reduce__(self) -> tuple[type["InputError"], tuple[tuple[str, ...]]]:
+        """Pickle by the list, not by the text: errors come back from worker processes."""
+        return type(self), (self.problems,)
+
 
 class UnsupportedModelError(EsmStreamError):
     """The model's forward cannot be streamed block by block; the text says why."""

@@ -7,6 +7,7 @@ Memory is bounded by admission: a task declares its projected peak and starts wh
 budget is free. Dask's own resources do that on workers; a gate in this process does it for threads.
 """
 
+import errno
 import threading
 import time
 import uuid
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esm_stream import stopping
 from esm_stream.allocation import return_freed_memory
-from esm_stream.errors import EsmStreamError, ManifestError, StopRequestedError, TaskError
+from esm_stream.errors import (
+    BudgetError,
+    EsmStreamError,
+    ManifestError,
+    StopRequestedError,
+    TaskError,
+)
 from esm_stream.planning.plan import Plan, Stage, Task, load_plan
 
 if TYPE_CHECKING:
@@ -56,6 +63,11 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
     except MemoryError as error:
         raise TaskError(f"task '{key}' ran out of memory; lower [run] parallel") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BudgetError(
+                f"task '{key}': the disk is full. Free some space under {plan.work} or "
+                f"{plan.output} and run the same command again; finished work is kept"
+            ) from error
         raise TaskError(f"task '{key}' failed: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - started
     plan.directory.finish(key, task.fingerprint, result.outputs, result.values, seconds)
@@ -310,17 +322,18 @@ def _run_distributed(
     except CancelledError:
         pass
     finally:
-        _wait_for_running(client)
+        _wait_for_running(client, graph)
     if failure is not None:
         raise failure
     if stopping.requested():
         raise StopRequestedError("stopped on request")
 
 
-def _wait_for_running(client: Any) -> None:  # noqa: ANN401
-    """Tasks that were running when the rest was cancelled write their outputs or give up."""
+def _wait_for_running(client: Any, graph: Mapping[str, object]) -> None:  # noqa: ANN401
+    """Our tasks that were running when the rest was cancelled finish or give up."""
     deadline = time.monotonic() + 600
     while stopping.requested() and time.monotonic() < deadline:
-        if not any(client.processing().values()):
+        running = (node for nodes in client.processing().values() for node in nodes)
+        if not any(node in graph for node in running):
             return
         time.sleep(0.05)

@@ -83,8 +83,7 @@ def run(
     from esm_stream_cli.progress import shown
 
     made = make_plan(loaded)
-    todo = engine.remaining(made)
-    with stop_on_signals(), shown(made, todo, quiet=quiet, as_json=as_json) as listener:
+    with stop_on_signals(), shown(made, quiet=quiet, as_json=as_json) as listener:
         return engine.merge(
             made,
             scheduler=scheduler,

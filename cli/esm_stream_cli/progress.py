@@ -27,24 +27,24 @@ NAMES = {
 
 
 @contextmanager
-def shown(plan: "Plan", todo: set[str], *, quiet: bool, as_json: bool) -> Iterator[Listener]:
+def shown(plan: "Plan", *, quiet: bool, as_json: bool) -> Iterator[Listener]:
     """A listener that shows events in the way that fits; closed on every way out."""
     if as_json:
         yield lambda event: typer.echo(event.as_json())
     elif quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with _bars(plan, todo) as listener:
+        with _bars(plan) as listener:
             yield listener
     else:
-        yield _lines(plan, todo)
+        yield _lines(plan)
 
 
 @contextmanager
-def _bars(plan: "Plan", todo: set[str]) -> Iterator[Listener]:
+def _bars(plan: "Plan") -> Iterator[Listener]:
     """One bar per stage, advancing by the bytes its tasks read and write."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     from esm_stream.budget import format_size
 
@@ -56,22 +56,26 @@ def _bars(plan: "Plan", todo: set[str]) -> Iterator[Listener]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars = {}
-        for stage, name in NAMES.items():
-            tasks = [t for t in plan.tasks.values() if t.stage == stage]
-            if not tasks:
-                continue
-            done = [t for t in tasks if t.key not in todo]
-            bars[stage] = progress.add_task(
-                name,
-                total=sum(map(_weight, tasks)),
-                completed=sum(map(_weight, done)),
-                done=len(done),
-                tasks=len(tasks),
-                moved="",
-            )
+        bars: dict[str, TaskID] = {}
+
+        def start(pending: set[str]) -> None:
+            for stage, name in NAMES.items():
+                tasks = [t for t in plan.tasks.values() if t.stage == stage]
+                if not tasks:
+                    continue
+                done = [t for t in tasks if t.key not in pending]
+                bars[stage] = progress.add_task(
+                    name,
+                    total=sum(map(_weight, tasks)),
+                    completed=sum(map(_weight, done)),
+                    done=len(done),
+                    tasks=len(tasks),
+                    moved="",
+                )
 
         def listen(event: Event) -> None:
+            if event.kind == "run_started":
+                start(set(event.data["pending"]))
             if event.kind == "task_finished":
                 bar = bars[event.stage]
                 row = progress.tasks[bar]
@@ -87,18 +91,21 @@ def _weight(task: "Task") -> int:
     return max(1, task.read_bytes + task.write_bytes)
 
 
-def _lines(plan: "Plan", todo: set[str]) -> Listener:
+def _lines(plan: "Plan") -> Listener:
     """A line at the start, every few seconds, and when a stage is done."""
     from esm_stream.budget import format_size
 
-    left = {stage: sum(plan.tasks[k].stage == stage for k in todo) for stage in NAMES}
-    counts = {"tasks": 0, "bytes": 0}
+    left = dict.fromkeys(NAMES, 0)
+    counts = {"tasks": 0, "bytes": 0, "pending": 0}
     clock = {"last": time.monotonic()}
 
     def listen(event: Event) -> None:
         if event.kind == "run_started":
-            reused = event.data["reused"]
-            typer.echo(f"{len(todo)} tasks to run, {reused} reused from {plan.work}", err=True)
+            pending, reused = event.data["pending"], event.data["reused"]
+            counts["pending"] = len(pending)
+            for key in pending:
+                left[plan.tasks[key].stage] += 1
+            typer.echo(f"{len(pending)} tasks to run, {reused} reused from {plan.work}", err=True)
         if event.kind != "task_finished":
             return
         counts["tasks"] += 1
@@ -109,7 +116,7 @@ def _lines(plan: "Plan", todo: set[str]) -> Listener:
             clock["last"] = now
             what = f"{NAMES[event.stage]} done" if left[event.stage] == 0 else event.task
             typer.echo(
-                f"{counts['tasks']}/{len(todo)} tasks, "
+                f"{counts['tasks']}/{counts['pending']} tasks, "
                 f"{format_size(counts['bytes'])} moved: {what}",
                 err=True,
             )

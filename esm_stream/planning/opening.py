@@ -7,8 +7,6 @@ Cost:  headers, config files and the model on the meta device; no tensor is read
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
@@ -131,12 +129,6 @@ def _needs_data(manifest: Manifest) -> bool:
         create(str(name), options, "language") for name, options in chosen
     ]
     return any(getattr(method, "uses_moments", False) for method in methods)
-
-
-@lru_cache(maxsize=64)
-def opened(root: Path) -> Checkpoint:
-    """A checkpoint by directory; headers are read once per process."""
-    return open_checkpoint(root)
 
 
 def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpoint]]:

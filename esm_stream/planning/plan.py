@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from esm_stream.store.work import SCHEMA, WorkDirectory
 
-Treatment = Literal["copy", "elementwise", "factors"]
+Treatment = Literal["copy", "equal", "elementwise", "factors"]
 Stage = Literal["inputs", "stem", "forward", "merge", "scale", "write", "seal", "finish"]
 STAGES: Final[tuple[Stage, ...]] = (
     "inputs",
@@ -81,7 +81,10 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one tensor of the output."""
+    """What happens to one tensor of the output.
+
+    "equal" tensors are copied too, but all experts have to agree with the base.
+    """
 
     name: str
     treatment: Treatment

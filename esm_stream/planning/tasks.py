@@ -99,7 +99,7 @@ class TaskBuilder:
             after=(f"inputs/{expert}",),
             identity=[
                 self._chain,
-                _config_identity(checkpoint),
+                checkpoint.config,
                 [checkpoint.identity(n) for n in outside],
             ],
             reads=tuple(outside),
@@ -128,7 +128,7 @@ class TaskBuilder:
             identity=[
                 chain,
                 number,
-                _config_identity(checkpoint),
+                checkpoint.config,
                 [checkpoint.identity(name) for name in tensors],
                 [self._opened.base.identity(p.tensor) for m in matrices for p in m.parts],
                 [[m.name, m.parts, m.rank, m.moment, m.leader] for m in matrices],
@@ -280,14 +280,12 @@ class TaskBuilder:
                 merge, scale = self._update_keys[matrix.name], f"scale/{matrix.group}"
                 depends.append(scale if matrix.scaled else merge)
                 after += [merge, depends[-1]]
-            elif (
-                plan.treatment == "elementwise"
-                or not self._opened.base.tensors[plan.name].kind.is_float
-            ):
-                experts = [e for e in self._opened.experts.values() if plan.name in e.tensors]
-                read += _sizes_any(experts, plan.name)
+            elif plan.treatment != "copy":
+                experts = self._opened.experts.values()
                 identity += [e.identity(plan.name) for e in experts]
                 identity.append(plan.method)
+                if plan.treatment == "elementwise":
+                    read += sum(_sizes(e, [plan.name]) for e in experts)
         widest = max((self._opened.base.tensors[n].row_nbytes for n in names), default=0)
         return self._task(
             key,
@@ -440,16 +438,8 @@ def _sizes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.tensors[name].nbytes for name in names)
 
 
-def _sizes_any(checkpoints: Iterable[Checkpoint], name: str) -> int:
-    return sum(c.tensors[name].nbytes for c in checkpoints)
-
-
 def _numel(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.tensors[name].numel for name in names)
-
-
-def _config_identity(checkpoint: Checkpoint) -> object:
-    return checkpoint.config
 
 
 def _source_identity(path: Path) -> object:

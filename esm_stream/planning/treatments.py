@@ -29,8 +29,8 @@ from esm_stream.methods.profiles import Profile, default_alpha
 from esm_stream.planning.opening import Opened
 from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan
 
-# A gated MLP has two up-projections: profiles that name "up" mean both.
 _FUSED_KINDS = ("q", "k", "v")
+# A gated MLP has two up-projections: profiles that name "up" mean both.
 IMPLIED_KINDS = {"gate": "up", "gate_up": "up"}
 
 
@@ -90,7 +90,7 @@ class Treatments:
                 self.tensors[name] = TensorPlan(name, "copy", why="[base] skip")
             elif not info.kind.is_float:
                 self.tensors[name] = TensorPlan(
-                    name, "copy", why=f"{info.dtype}: equal in all models"
+                    name, "equal", why=f"{info.dtype}: equal in all models"
                 )
             else:
                 choice = self._choose(info)

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from esm_stream.budget import PANEL_BYTES
-from esm_stream.checkpoints.reader import equal_bytes
-from esm_stream.errors import InputError
 from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Plan, TensorPlan
-from esm_stream.stages.context import BASE, Context, TaskResult, require_finite
+from esm_stream.stages.context import (
+    BASE,
+    Context,
+    TaskResult,
+    checkpoint_at,
+    require_finite,
+)
 from esm_stream.stages.scale import scale_of
 from esm_stream.stopping import check
 from esm_stream.store.work import Output
@@ -24,8 +28,6 @@ from esm_stream.write.shards import PARTIAL_SUFFIX, ShardLayout, ShardWriter, pl
 
 def layouts_of(plan: Plan) -> dict[str, ShardLayout]:
     """Output shards by file name."""
-    from esm_stream.stages.context import checkpoint_at
-
     shards = plan_shards(checkpoint_at(plan.base), plan.output_dtype, plan.shard_size)  # type: ignore[arg-type]
     return {layout.file_name: layout for layout in shards}
 
@@ -55,7 +57,7 @@ def _write_tensor(
 ) -> None:
     info = context.reader(BASE).checkpoint.tensors[plan.name]
     if not info.kind.is_float:
-        _copy_equal(context, plan.name, writer)
+        _copy(context, plan.name, writer)
         return
     dtype: torch.dtype = getattr(torch, str(layout.tensors[plan.name].kind.torch_name))
     rows = max(1, PANEL_BYTES // max(info.row_nbytes, 1)) if info.num_rows else 1
@@ -95,27 +97,10 @@ def _updates(context: Context, name: str, base: Tensor, start: int, stop: int) -
         yield difference
 
 
-def _copy_equal(context: Context, name: str, writer: ShardWriter) -> None:
-    """Copy a tensor that is not merged byte by byte; experts must agree with the base.
-
-    Raises:
-        InputError: An expert holds other bytes.
-    """
+def _copy(context: Context, name: str, writer: ShardWriter) -> None:
+    """Copy the base's tensor byte by byte; the run has made sure that experts agree with it."""
     base = context.reader(BASE)
-    if context.plan.tensors[name].why != "[base] skip":
-        for expert in context.plan.expert_names:
-            if not equal_bytes(base, context.reader(expert), name):
-                raise InputError([different_integers(context.plan, expert, name)])
     size = base.checkpoint.tensors[name].nbytes
     for start in range(0, size, PANEL_BYTES):
         stop = min(start + PANEL_BYTES, size)
         writer.write_bytes(name, start, base.raw_bytes(name, start, stop))
-
-
-def different_integers(plan: Plan, expert: str, name: str) -> str:
-    """What to say of an integer or FP8 tensor that differs between base and expert."""
-    return (
-        f"{plan.experts[expert]}: tensor '{name}' of expert \"{expert}\" differs from the base's "
-        "and is not a floating-point tensor that can be merged; add it to [base] skip to keep the "
-        "base's, or convert the models to bfloat16 first"
-    )

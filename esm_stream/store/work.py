@@ -18,6 +18,8 @@ import xxhash
 from esm_stream.store.files import fsync_path, write_atomically
 
 SCHEMA: Final = 1
+OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "done")
+OWN_NAMES: Final = {"lock", "plan.json", "plan.json.tmp", "events.jsonl", *OWN_FOLDERS}
 _SAFE: Final = "{},*=+@"
 _HASH_BYTES: Final = 4 << 20
 
@@ -163,9 +165,9 @@ class WorkDirectory:
 
     def sweep(self) -> None:
         """Remove what an interrupted run left unfinished: temporary files of writers."""
-        if self.root.is_dir():
+        for folder in OWN_FOLDERS:
             for pattern in ("*.tmp", "*.partial"):
-                for path in self.root.rglob(pattern):
+                for path in (self.root / folder).rglob(pattern):
                     path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,10 @@
 """Stopped, killed, damaged, changed: what runs again, and that the result is the same bytes."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +19,12 @@ from test_merge import digests
 
 from esm_stream import stopping
 from esm_stream.engine import progress_of, remaining
-from esm_stream.errors import ChangedError, LockedError, StopRequestedError
+from esm_stream.errors import BudgetError, ChangedError, InputError, LockedError, StopRequestedError
 from esm_stream.events import Event
 from esm_stream.manifest import load_manifest
 from esm_stream.planning.make import make_plan
 from esm_stream.planning.plan import Plan
+from esm_stream.store.factors import FactorStore
 from esm_stream.store.lock import locked
 
 MERGE = {"alpha": 1.5, "options": {"levels": ["task", "layer"]}}
@@ -469,3 +472,57 @@ def wait_for_lines(path: Path, count: int, process: "subprocess.Popen[bytes]") -
     """Wait until a log has so many lines, or the process is gone."""
     while count_of(path) < count and process.poll() is None:
         time.sleep(0.01)
+
+
+def test_an_output_directory_of_another_model_is_never_touched(
+    small: Zoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    work = {"work": str(tmp_path / "shared.work")}
+    merge_here(plan_of(small, "first", merge=MERGE, run=work))
+    shutil.copytree(small.base, tmp_path / "foreign")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "foreign").iterdir()}
+    for alpha in (MERGE.get("alpha", 1.0), 0.25):
+        plan = plan_of(small, "foreign", merge={**MERGE, "alpha": alpha}, run=work)
+        with pytest.raises(InputError, match="did not write last"):
+            merge_here(plan, restart=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "foreign").iterdir()} == before
+
+
+def test_a_work_directory_of_other_files_is_never_touched(
+    small: Zoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "thesis.tmp").write_text("precious")
+    (mine / "sub" / "data.partial").write_text("precious")
+    plan = plan_of(small, merge=MERGE, run={"work": str(mine)})
+    with pytest.raises(InputError, match=r"not of esm-stream \(sub, thesis.tmp\)"):
+        merge_here(plan)
+    assert {p.name for p in mine.rglob("*")} == {"sub", "thesis.tmp", "data.partial"}
+
+
+def test_foreign_files_that_come_later_into_a_work_directory_stay(
+    small: Zoo, plan_of: PlanOf
+) -> None:
+    plan = plan_of(small, merge=MERGE)
+    merge_here(plan)
+    (plan.work / "notes.tmp").write_text("mine")
+    merge_here(plan)
+    assert (plan.work / "notes.tmp").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_is_told_as_such_and_the_merge_goes_on(
+    small: Zoo, plan_of: PlanOf, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(small, merge=MERGE)
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorStore, "write_update", no_space)
+        with pytest.raises(BudgetError, match="the disk is full"):
+            merge_here(plan)
+    assert not list(plan.output.glob("*.safetensors"))
+    merge_here(plan)
+    assert digests(plan.output) == expected

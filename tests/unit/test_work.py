@@ -116,16 +116,15 @@ def test_outputs_exist_only_with_their_size(directory: WorkDirectory) -> None:
 def test_a_sweep_removes_unfinished_files_of_the_work_directory_only(
     directory: WorkDirectory,
 ) -> None:
-    (directory.root / "a/b").mkdir(parents=True)
-    for path in (
-        directory.root / "a/b/x.tmp",
-        directory.root / "y.partial",
-        directory.root / "z.json",
-    ):
-        path.write_bytes(b"")
+    names = ("done/b/x.tmp", "factors.zarr/y.partial", "done/z.json", "mine/x.tmp", "mine.partial")
+    for name in names:
+        (directory.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory.root / name).write_bytes(b"")
     (directory.output / "shard.partial").write_bytes(b"")
     directory.sweep()
-    assert [p.name for p in directory.root.rglob("*") if p.is_file()] == ["z.json"]
+    left = {p.relative_to(directory.root).as_posix() for p in directory.root.rglob("*")}
+    assert left >= {"done/z.json", "mine/x.tmp", "mine.partial"}
+    assert not left & {"done/b/x.tmp", "factors.zarr/y.partial"}
     assert (directory.output / "shard.partial").exists()
 
 
