@@ -2,6 +2,7 @@
 
 proxies.py   samples of a task -> model inputs, in micro-batches
 skeleton.py  a model without weights; its blocks; which checkpoint tensor is which parameter
+conversion.py  parameters that transformers assembles at load, and where their parts are stored
 chain.py     may the blocks run one after the other, each from its predecessor's output alone?
 arguments.py what the skeleton hands to each block, and hidden states, as files
 hooks.py     which modules are observed, registered and removed in one place

@@ -150,7 +150,7 @@ def _only_list(model: PreTrainedModel) -> BlockList:
     Raises:
         UnsupportedModelError: None, or several.
     """
-    lists = Skeleton(model, {}, {}).lists()
+    lists = Skeleton(model).lists()
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of blocks to stream")
     if len(lists) > 1:

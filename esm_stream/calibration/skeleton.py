@@ -1,6 +1,6 @@
 """A transformers model without weights: its blocks, and which checkpoint tensor is which parameter.
 
-From:  config.json and the names of a checkpoint's tensors (headers only, no tensor is read).
+From:  config.json, names and shapes of a checkpoint's tensors (headers only, no tensor is read).
 To:    chain.py (may it be streamed?), plan.py (matrices), stages/ (a block to run).
 Cost:  parameters live on the meta device, buffers are real: a 70B model takes about 0.2 s.
 
@@ -8,11 +8,12 @@ A *block* is one child of an outermost ModuleList; the *skeleton* is everything 
 """
 
 import copy
+import re
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
+from esm_stream.calibration.conversion import (
+    Conversion,
+    Place,
+    Shape,
+    places_of,
+    places_unchanged,
+)
 from esm_stream.errors import UnsupportedModelError
 
 _BUILD_LOCK = threading.Lock()
@@ -41,16 +54,17 @@ class BlockList:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device, and the checkpoint tensor of each of its parameters.
+    """A model on the meta device, and what each of its parameters is made of.
 
     `stored` maps the name of a parameter (or persistent buffer) to the checkpoint tensor that holds
-    it unchanged; `converted` maps those that transformers assembles from other tensors at load to
-    one of the tensors it is made from.
+    it unchanged, `converted` those that transformers assembles from other tensors at load. Tied
+    names share an entry. `dtypes` has the dtype in which each is used.
     """
 
     model: PreTrainedModel
-    stored: Mapping[str, str]
-    converted: Mapping[str, str]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    converted: Mapping[str, Conversion] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def lists(self) -> tuple[BlockList, ...]:
         """Outermost ModuleLists whose children hold parameters."""
@@ -61,28 +75,118 @@ class Skeleton:
                 found.append(BlockList(name, tuple(module)))
         return tuple(found)
 
-    def tensors_of(self, module: str) -> dict[str, str]:
-        """Checkpoint tensors of one module: local parameter or buffer name -> tensor name.
+    def tensors_of(self, module: str) -> tuple[str, ...]:
+        """Checkpoint tensors that a module's parameters and persistent buffers are made of.
 
         Raises:
-            UnsupportedModelError: A parameter has no tensor of its own in the checkpoint.
+            UnsupportedModelError: A parameter has no tensor in the checkpoint.
         """
-        target, result = self.model.get_submodule(module), {}
-        for local in target.state_dict():
-            name = f"{module}.{local}"
+        return self.tensors_for(self._names(module))
+
+    def tensors_for(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Checkpoint tensors that parameters and buffers, by full name, are made of.
+
+        Raises:
+            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+        """
+        found: dict[str, None] = {}
+        for name in names:
             if name in self.converted:
-                raise UnsupportedModelError(
-                    f"parameter '{name}' is assembled by transformers from several tensors (one of "
-                    f"them '{self.converted[name]}'); such models cannot be streamed yet"
+                found |= dict.fromkeys(self.converted[name].tensors)
+            elif name in self.stored:
+                found[self.stored[name]] = None
+            else:
+                self._require_buffer(name)
+        return tuple(found)
+
+    def load(self, module: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of a module by local name, as `from_pretrained` does.
+
+        Args:
+            module: Full name of the module; "" for the model.
+            read: Gives a checkpoint tensor; called once for each.
+
+        Raises:
+            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+        """
+        prefix = f"{module}." if module else ""
+        values = self.values(self._names(module), read)
+        return {name.removeprefix(prefix): value for name, value in values.items()}
+
+    def values(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Parameters and buffers by full name; buffers that no tensor holds are left out.
+
+        Tied names get one tensor. Values that need neither a conversion nor another dtype are the
+        very tensors that `read` gives.
+
+        Raises:
+            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+        """
+        wanted = tuple(names)
+        made: dict[str, Tensor] = {}
+
+        @cache
+        def value(tensor: str, dtype: torch.dtype) -> Tensor:
+            return read_once(tensor).to(dtype)
+
+        read_once = cache(read)
+        for name in wanted:
+            conversion = self.converted.get(name)
+            if conversion is not None and name not in made:
+                dtype = self.dtypes[conversion.first]
+                targets = conversion.run(
+                    self.model, {tensor: value(tensor, dtype) for tensor in conversion.tensors}
                 )
-            if name in self.stored:
-                result[local] = self.stored[name]
-            elif local in dict(target.named_parameters()):
-                raise UnsupportedModelError(
-                    f"the checkpoint has no tensor for parameter '{name}' of "
-                    f"{type(self.model).__name__}; is config.json the one of this checkpoint?"
-                )
-        return result
+                together = [n for n in wanted if self.converted.get(n) is conversion]
+                made |= {n: targets[self._target(n, conversion)] for n in together}
+            elif conversion is None and name in self.stored:
+                made[name] = value(self.stored[name], self.dtypes[name])
+            elif conversion is None:
+                self._require_buffer(name)
+        return {name: made[name] for name in wanted if name in made}
+
+    def places(
+        self, name: str, shapes: Mapping[str, Shape], *, stack: int | None, transposed: bool
+    ) -> tuple[tuple[Place, ...], ...] | None:
+        """Where the matrices of a parameter lie in the checkpoint, one entry for each matrix.
+
+        Args:
+            name: Full name of a parameter: a matrix, a convolution's kernels, or a stack.
+            shapes: Shapes of the checkpoint's tensors.
+            stack: How many equal matrices the parameter is, one after the other; None if one.
+            transposed: Whether they are (I, O).
+
+        Returns:
+            The parts of each matrix's outputs; None if the values were computed anew or if a part
+            is not a range of whole outputs of a stored matrix.
+        """
+        if name in self.stored:
+            tensor = self.stored[name]
+            return places_unchanged(tensor, shapes[tensor], stack, transposed=transposed)
+        conversion = self.converted.get(name)
+        if conversion is None:
+            return None
+        parameter = conversion.trace(self.model)[self._target(name, conversion)]
+        sources = tuple((tensor, shapes[tensor]) for tensor in conversion.tensors)
+        return places_of(parameter, sources, stack, transposed=transposed)
+
+    def _names(self, module: str) -> list[str]:
+        prefix = f"{module}." if module else ""
+        return [prefix + local for local in self.model.get_submodule(module).state_dict()]
+
+    def _target(self, name: str, conversion: Conversion) -> str:
+        """The parameter among a conversion's targets that `name` is, or is tied to."""
+        if name in conversion.targets:
+            return name
+        return next(n for n in _tied_names(self.model)[name] if n in conversion.targets)
+
+    def _require_buffer(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        if leaf in self.model.get_submodule(path)._parameters:
+            raise UnsupportedModelError(
+                f"the checkpoint has no tensor for parameter '{name}' of "
+                f"{type(self.model).__name__}; is config.json the one of this checkpoint?"
+            )
 
     def modality(self) -> str:
         """Whether the main input is pixels ("vision") or anything else ("language")."""
@@ -109,35 +213,42 @@ def load_config(root: Path) -> PretrainedConfig:
     return config
 
 
-def build_skeleton(root: Path, tensor_names: tuple[str, ...], dtype: torch.dtype) -> Skeleton:
+def build_skeleton(root: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> Skeleton:
     """The model of a checkpoint directory on the meta device, joined with its tensors' names.
 
     Args:
         root: Directory with config.json.
-        tensor_names: Names of all tensors of the checkpoint.
+        shapes: Shapes of all tensors of the checkpoint, by name.
         dtype: Default dtype while the model is built (buffers follow it as in `from_pretrained`).
 
     Raises:
-        UnsupportedModelError: Unknown architecture, or custom code would be needed.
+        UnsupportedModelError: Unknown architecture, custom code would be needed, the checkpoint is
+            quantised, or its tensors do not have the shapes that the configuration asks for.
     """
     stamp = (root / "config.json").stat() if (root / "config.json").is_file() else None
     key = (stamp.st_size, stamp.st_mtime_ns) if stamp else None
-    return _build(root, key, tensor_names, dtype)
+    return _build(root, key, tuple(shapes.items()), dtype)
 
 
 @lru_cache(maxsize=4)
 def _build(
     root: Path,
     stamp: tuple[int, int] | None,  # noqa: ARG001 - part of the cache's key
-    tensor_names: tuple[str, ...],
+    shapes: tuple[tuple[str, Shape], ...],
     dtype: torch.dtype,
 ) -> Skeleton:
     config = load_config(root)
+    if hasattr(config, "quantization_config"):
+        raise UnsupportedModelError(
+            f"{root}/config.json: the checkpoint is quantised (quantization_config); save a "
+            "dequantised copy of it"
+        )
     architecture = _model_class(config)
     with _BUILD_LOCK, _on_meta():
         model = architecture._from_config(config, dtype=dtype)
     model.eval()
-    return Skeleton(model, *_join(model, tensor_names))
+    stored, converted = _join(model, dict(shapes))
+    return Skeleton(model, stored, converted, _dtypes(model, dtype))
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -165,7 +276,8 @@ def _on_meta() -> Generator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        # A parameter that is on meta already is a tied one: it stays the same object.
+        if param is not None and param.device.type != "meta":
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(self, name, param)
 
@@ -177,23 +289,86 @@ def _on_meta() -> Generator[None]:
 
 
 def _join(
-    model: PreTrainedModel, tensor_names: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, str]]:
+    model: PreTrainedModel, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, str], dict[str, Conversion]]:
     """Map parameters to checkpoint tensors with transformers' own rules for names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     state: dict[str, Tensor] = model.state_dict()
     stored: dict[str, str] = {}
-    converted: dict[str, str] = {}
+    waiting: dict[str, list[tuple[str, str]]] = {}
     prefix = model.base_model_prefix
-    for name in sorted(tensor_names):
-        target, source = rename_source_key(name, renamings, converters, prefix, state)
+    # The order decides which slice of a stack a tensor becomes.
+    for name in sorted(shapes, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
-            target, source = rename_source_key(name, [], [], prefix, state)
-        if target in state:
-            (stored if source is None else converted).setdefault(target, name)
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue
+        if pattern is not None:
+            waiting.setdefault(target, []).append((pattern, name))
+        elif stored.setdefault(target, name) == name:
+            _require_shape(model, target, state[target].shape, shapes[name], name)
+    converted: dict[str, Conversion] = {}
+    for first, sources in waiting.items():
+        sizes = tuple(shapes[tensor] for _, tensor in sources)
+        conversion = Conversion(by_pattern[sources[0][0]], first, tuple(sources), sizes)
+        made = conversion.trace(model)
+        for target, value in made.items():
+            if target in state:
+                _require_shape(model, target, state[target].shape, value.shape, sources[0][1])
+        whole = replace(conversion, targets=tuple(made))
+        converted |= dict.fromkeys((target for target in made if target in state), whole)
+    for name, others in _tied_names(model).items():
+        if name not in stored and name not in converted:
+            found = next((n for n in others if n in stored or n in converted), "")
+            if found in stored:
+                stored[name] = stored[found]
+            elif found:
+                converted[name] = converted[found]
     return stored, converted
+
+
+def _require_shape(
+    model: PreTrainedModel, target: str, expected: Sequence[int], found: Sequence[int], tensor: str
+) -> None:
+    if tuple(expected) != tuple(found):
+        raise UnsupportedModelError(
+            f"tensor '{tensor}' gives parameter '{target}' the shape {tuple(found)}, "
+            f"{type(model).__name__} expects {tuple(expected)}; is config.json the one of this "
+            "checkpoint?"
+        )
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Other names of each parameter that has several: one object, or tied by the configuration."""
+    groups: dict[str, dict[str, None]] = {}
+    by_identity: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        first = by_identity.setdefault(id(value), name)
+        groups.setdefault(first, {})[name] = None
+        groups[name] = groups[first]
+    for target, source in model.all_tied_weights_keys.items():
+        if source in groups and target in groups and groups[source] is not groups[target]:
+            groups[source] |= groups[target]
+            for name in groups[target]:
+                groups[name] = groups[source]
+    return {
+        name: tuple(other for other in group if other != name)
+        for name, group in groups.items()
+        if len(group) > 1
+    }
+
+
+def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each parameter and buffer: its own, float32 where the model insists on it."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    return {
+        name: torch.float32 if any(p.search(name) for p in kept) else value.dtype
+        for name, value in model.state_dict().items()
+    }
 
 
 def with_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

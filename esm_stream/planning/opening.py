@@ -65,8 +65,9 @@ def open_inputs(manifest: Manifest) -> Opened:
     from esm_stream.calibration.chain import plan_chain
     from esm_stream.calibration.skeleton import build_skeleton
 
-    skeleton = build_skeleton(base.root, tuple(base.tensors), torch_dtype(dtype))
+    shapes = {name: info.shape for name, info in base.tensors.items()}
     try:
+        skeleton = build_skeleton(base.root, shapes, torch_dtype(dtype))
         chain = plan_chain(skeleton, _dummy_sample(manifest))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(

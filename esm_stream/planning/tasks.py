@@ -342,13 +342,12 @@ class TaskBuilder:
         assert self._opened.skeleton is not None
         assert self._chain is not None
         module = f"{self._chain.prefix}.{block}"
-        return list(dict.fromkeys(self._opened.skeleton.tensors_of(module).values()))
+        return list(self._opened.skeleton.tensors_of(module))
 
     def _stem_tensors(self) -> list[str]:
         assert self._opened.skeleton is not None
         assert self._chain is not None
-        stored = self._opened.skeleton.stored
-        return list(dict.fromkeys(stored[name] for name in self._chain.stem if name in stored))
+        return list(self._opened.skeleton.tensors_for(self._chain.stem))
 
     def _hidden_tokens(self) -> int:
         assert self._chain is not None

@@ -9,7 +9,6 @@ Peak:  moments of the block's distinct inputs, hidden states in and out, one mat
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from esm_stream.calibration.arguments import load_batches, load_calls, save_batches
@@ -114,15 +113,12 @@ def _run_block(
 
 def _load_block(context: Context, name: str) -> nn.Module:
     """The block with the expert's weights: in place on the CPU, copied to a GPU."""
-    assert context.plan.chain is not None
-    dtype: torch.dtype = getattr(torch, context.plan.chain.dtype)
     skeleton = expert_skeleton(context, context.task.expert)
-    values = {}
-    for local, tensor in skeleton.tensors_of(name).items():
-        value = context.tensor(context.task.expert, tensor)
-        kind = dtype if value.is_floating_point() else value.dtype
-        values[local] = value.to(context.device, kind)
-    block = with_tensors(skeleton.model.get_submodule(name), values)
+
+    def read(tensor: str) -> Tensor:
+        return context.tensor(context.task.expert, tensor).to(context.device)
+
+    block = with_tensors(skeleton.model.get_submodule(name), skeleton.load(name, read))
     move_buffers(block, context.device)
     return block
 

@@ -7,6 +7,7 @@ touches only the rows it looks up. Blocks are stubs; the head is never reached.
 import copy
 
 import torch
+from torch import Tensor
 
 from esm_stream.calibration.arguments import load_batches, save_batches, save_calls
 from esm_stream.calibration.chain import record_calls
@@ -24,13 +25,16 @@ def run(context: Context) -> TaskResult:
     skeleton = expert_skeleton(context, expert)
     model = copy.deepcopy(skeleton.model)
     reader = context.reader(expert)
-    used = {name: skeleton.stored[name] for name in chain.stem if name in skeleton.stored}
-    for name, tensor in used.items():
+    used = skeleton.tensors_for(chain.stem)
+    unread = {skeleton.stored[n]: skeleton.dtypes[n] for n in chain.stem if n in skeleton.stored}
+
+    def read(tensor: str) -> Tensor:
         value = reader.lookup(tensor)
-        if value.is_floating_point() and value.dtype != dtype:
-            value = reader.tensor(tensor).to(dtype)
+        return value if unread.get(tensor) == value.dtype else reader.tensor(tensor)
+
+    for name, value in skeleton.values(chain.stem, read).items():
         put_tensor(model, name, value)
-    blocks = _blocks(Skeleton(model, {}, {}), chain)
+    blocks = _blocks(Skeleton(model), chain)
     states, calls = [], []
     for batch in load_batches(context.directory.inputs(expert)):
         check()
@@ -39,7 +43,7 @@ def run(context: Context) -> TaskResult:
         if not is_finite(recording.hidden):
             raise blame(
                 context,
-                used.values(),
+                used,
                 f'what precedes block 0 of expert "{expert}" gives NaN or Inf on its calibration '
                 "samples; check the samples",
             )
@@ -60,7 +64,8 @@ def expert_skeleton(context: Context, expert: str) -> Skeleton:
     checkpoint = context.reader(expert).checkpoint
     root = checkpoint.root if checkpoint.config else context.plan.base
     dtype: torch.dtype = getattr(torch, context.plan.chain.dtype)
-    return build_skeleton(root, tuple(checkpoint.tensors), dtype)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return build_skeleton(root, shapes, dtype)
 
 
 def _blocks(skeleton: Skeleton, chain: ChainPlan) -> BlockList:

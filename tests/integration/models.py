@@ -90,6 +90,69 @@ FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT2, "transformer.h", "tokens"),
 }
 
+ROUTED = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+# Models whose matrices are stacked or fused, in the file, in the model, or in both.
+FUSED = {
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**ROUTED, "intermediate_size": 12, "num_local_experts": 3},
+        "model.layers",
+        "tokens",
+    ),
+    "qwen2-moe": Family(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**ROUTED, "num_experts": 11, "shared_expert_intermediate_size": 20},
+        "model.layers",
+        "tokens",
+    ),
+    "deepseek-v3": Family(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **ROUTED,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 4,
+            "first_k_dense_replace": 1,
+        },
+        "model.layers",
+        "tokens",
+    ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**ROUTED, "num_local_experts": 4, "head_dim": 8, "intermediate_size": 12},
+        "model.layers",
+        "tokens",
+    ),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **ROUTED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 12,
+            "intermediate_size_mlp": 20,
+            "interleave_moe_layer_step": 1,
+            "head_dim": 8,
+        },
+        "model.layers",
+        "tokens",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", "Phi3Config", {**GROUPED, "pad_token_id": 0}, "model.layers", "tokens"
+    ),
+    "gpt-neox": Family("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXTS, "gpt_neox.layers", "tokens"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Zoo:
@@ -144,7 +207,7 @@ def make_zoo(
     **settings: Any,  # noqa: ANN401
 ) -> Zoo:
     """Save a random base, experts that differ from it everywhere, and samples for each."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **FUSED}[name]
     base = build(family, seed, **settings).to(dtype)
     save(base, root / "base", shard)
     paths, inputs = {}, {}
