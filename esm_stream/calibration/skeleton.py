@@ -278,7 +278,7 @@ def _on_meta() -> Generator[None]:
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # A parameter that is on meta already is a tied one: it stays the same object.
         if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
@@ -383,13 +383,19 @@ def with_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 
 def put_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace one parameter or buffer of a module in place."""
+    """Replace one parameter or buffer of a module in place.
+
+    Whether a parameter requires a gradient stays as it is: no graph is ever built, but torch's
+    matmul chooses its kernel by it, and results would differ from the plain model's in their bits.
+    """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
         owner._buffers[leaf] = value
     else:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        replaced = owner._parameters[leaf]
+        assert replaced is not None
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=replaced.requires_grad)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
