@@ -102,11 +102,31 @@ class Calibration(Section):
         default=None, description="Samples for every expert that names none of its own."
     )
     samples: PositiveInt = Field(default=32, description="Samples drawn per expert.")
+    min_samples: PositiveInt = Field(
+        default=4,
+        description="Fewest samples of an expert; between this and 'samples' all are used.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the draw.")
     max_length: PositiveInt = Field(
         default=512, description="Tokens kept of each text; longer texts are cut and reported."
     )
+    max_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds kept of each sound; longer ones are cut."
+    )
     text_key: str = Field(default="text", description="Key of the text in each line of a .jsonl.")
+    messages_key: str = Field(
+        default="messages", description="Key of a conversation in a line of a .jsonl."
+    )
+    prompt_key: str = Field(default="prompt", description="Key of a prompt in a line of a .jsonl.")
+    response_key: str = Field(
+        default="response", description="Key of the response to a prompt in a line of a .jsonl."
+    )
+    image_path_key: str = Field(
+        default="image", description="Key of the image file, or of several, in a line of a .jsonl."
+    )
+    audio_path_key: str = Field(
+        default="audio", description="Key of the sound file in a line of a .jsonl."
+    )
     image_key: str = Field(
         default="images", description="Array of the images in an .npz that holds several."
     )

@@ -1,108 +1,173 @@
 """Samples of one expert's task -> model inputs, in micro-batches without padding.
 
-From:  .jsonl / .txt texts, .npz or a folder of images, or ready-made inputs in .safetensors.
+From:  sources.py and encoding.py (texts, conversations, images, sounds, pairs), ready.py.
 To:    the work directory (arguments.save_batches), once per expert.
 
-Samples are drawn without replacement by numpy's RandomState(seed), the papers' generator. Samples
-of equal shape form one micro-batch, as far as MICRO_BATCH_TOKENS allows; nothing is ever padded,
-and ready-made inputs lose the positions that their attention_mask marks as padding.
+Samples of equal shapes form one micro-batch, as far as its tokens allow. One whose tensors do not
+all begin with its batch dimension of one is a micro-batch by itself: the patches of all images in
+one long row, or two images.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from esm_stream.calibration.encoding import Encoder, Sample
+from esm_stream.calibration.ready import open_ready
+from esm_stream.calibration.sources import (
+    MOST_PROBLEMS,
+    draw,
+    first_record,
+    kind_of_source,
+    open_source,
+)
 from esm_stream.errors import InputError
-
-if TYPE_CHECKING:
-    from esm_stream.manifest import Calibration
+from esm_stream.manifest import Calibration
 
 MICRO_BATCH_TOKENS = 1024
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-TEXT_ENDINGS = (".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """Model inputs of one expert, and how they were drawn."""
+    """Model inputs of one expert, and how they were drawn.
+
+    `samples` are the numbers of the samples drawn, from 0, and `truncated` those of them that were
+    cut; `tokens` has the token ids of each, in the same order (0 for pictures and sounds).
+    """
 
     batches: list[dict[str, Tensor]]
+    kind: str
     samples: list[int]
     available: int
-    truncated: int
-
-
-def kind_of_source(path: Path) -> str:
-    """What a calibration path holds: "text", "images", "arrays" or "inputs".
-
-    Raises:
-        InputError: The path does not exist, or its ending is none of those.
-    """
-    if path.is_dir():
-        return "images"
-    if not path.is_file():
-        raise InputError([f"{path}: there is no such calibration file or folder"])
-    kinds = {".npz": "arrays", ".safetensors": "inputs", **dict.fromkeys(TEXT_ENDINGS, "text")}
-    if path.suffix not in kinds:
-        raise InputError(
-            [
-                f"{path}: calibration data of an unknown kind; expected .jsonl or .txt (texts), "
-                ".npz or a folder (images), or .safetensors (ready-made model inputs)"
-            ]
-        )
-    return kinds[path.suffix]
+    tokens: list[int]
+    truncated: list[int]
 
 
 def read_proxies(
-    path: Path, settings: "Calibration", model: Path, tokens_per_sample: int
+    path: Path,
+    settings: Calibration,
+    model: Path,
+    tokens_per_sample: int,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
 ) -> Proxies:
     """Draw samples and turn them into model inputs.
 
     Args:
         path: Calibration data of one expert.
         settings: Number of samples, seed, length and keys.
-        model: Directory whose tokenizer or image processor is used.
+        model: Directory whose tokenizer and processors are used.
         tokens_per_sample: Tokens that the model makes of a sample that is not token ids.
+        micro_batch_tokens: Most tokens of a micro-batch of several samples.
 
     Raises:
-        InputError: The data are missing, empty or damaged, or the processor cannot be loaded.
+        InputError: The data are missing, too few, empty or damaged, or a processor cannot be
+            loaded; up to MOST_PROBLEMS mistakes.
+    """
+    count, read = _samples_of(path, settings, model)
+    least = min(settings.min_samples, settings.samples)
+    if count < least:
+        raise InputError(
+            [
+                f"{path}: holds {count or 'no'} samples, expected {least} or more; give more, or "
+                "lower [calibration] min_samples"
+            ]
+        )
+    drawn = draw(count, settings.samples, settings.seed)
+    samples: list[Sample] = []
+    problems: list[str] = []
+    for number in drawn:
+        try:
+            samples.append(read(number))
+        except InputError as error:
+            problems += [p for p in error.problems if p not in problems]
+            if len(problems) >= MOST_PROBLEMS:
+                break
+    if problems:
+        raise InputError(problems)
+    return Proxies(
+        micro_batches([s.tensors for s in samples], tokens_per_sample, micro_batch_tokens),
+        kind_of_source(path),
+        drawn,
+        count,
+        [sample.tokens for sample in samples],
+        [number for number, s in zip(drawn, samples, strict=True) if s.truncated],
+    )
+
+
+def example_inputs(
+    path: Path, settings: Calibration, model: Path, few_tokens: int
+) -> dict[str, Tensor] | None:
+    """Model inputs to find out with how a forward runs: those of the first sample of a path.
+
+    Few tokens show the same structure as many: plain texts need no tokenizer for that (None), and
+    ready-made token ids are cut to `few_tokens`. What goes with images or sounds stays whole.
+
+    Raises:
+        InputError: See `read_proxies`.
     """
     kind = kind_of_source(path)
-    readers = {"text": _texts, "images": _folder, "arrays": _arrays, "inputs": _ready}
-    items = readers[kind](path, settings)
-    if not items:
-        raise InputError([f"{path}: holds no samples"])
-    drawn = draw(len(items), settings.samples, settings.seed)
-    chosen = [items[i] for i in drawn]
-    truncated = 0
     if kind == "text":
-        samples, truncated = _tokenise(chosen, settings, model, path)
-    elif kind == "inputs":
-        samples = [_without_padding(sample, path) for sample in chosen]
-    else:
-        samples = _process_images(chosen, model, path)
-    return Proxies(micro_batches(samples, tokens_per_sample), drawn, len(items), truncated)
+        first = first_record(path, settings)
+        if first is None or not (first.images or first.audio):
+            return None
+    count, read = _samples_of(path, settings, model)
+    if not count:
+        raise InputError([f"{path}: holds no samples"])
+    tensors = read(0).tensors
+    ids = tensors.get("input_ids")
+    if kind != "inputs" or ids is None or any(v.shape[:2] != ids.shape for v in tensors.values()):
+        return tensors
+    return {name: value[:, :few_tokens] for name, value in tensors.items()}
 
 
-def draw(available: int, wanted: int, seed: int) -> list[int]:
-    """Numbers of the samples drawn; all of them, in order, if there are not more than wanted."""
-    if available <= wanted:
-        return list(range(available))
-    chosen = np.random.RandomState(seed).choice(available, wanted, replace=False)
-    return [int(i) for i in chosen]
+def no_generic_texts(model: Path) -> str | None:
+    """Why the texts that come with esm-stream are no data for a model; None if they are."""
+    return Encoder(model, Calibration()).needs_more_than_texts()
+
+
+def most_tokens(path: Path, settings: Calibration) -> int:
+    """Most token ids that a sample of a path can have; 0 for pictures and sounds alone."""
+    kind = kind_of_source(path)
+    if kind == "inputs":
+        return open_ready(path).longest
+    return settings.max_length if kind == "text" else 0
+
+
+def _samples_of(
+    path: Path, settings: Calibration, model: Path
+) -> tuple[int, Callable[[int], Sample]]:
+    """How many samples a path holds, and how to get one of them."""
+    encoder = cache(lambda: Encoder(model, settings))
+    if kind_of_source(path) != "inputs":
+        source = open_source(path, settings)
+        return source.count, lambda i: encoder().encode(source.read(i))
+    ready = open_ready(path)
+
+    def read(i: int) -> Sample:
+        sample = ready.read(i)
+        encoder().check(sample.tensors, f"{path}, sample {i}")
+        return sample
+
+    return ready.count, read
 
 
 def micro_batches(
-    samples: Sequence[dict[str, Tensor]], tokens_per_sample: int
+    samples: Sequence[dict[str, Tensor]],
+    tokens_per_sample: int,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
 ) -> list[dict[str, Tensor]]:
-    """Stack samples of equal shapes, at most MICRO_BATCH_TOKENS tokens at a time."""
+    """Join samples of equal shapes, at most `micro_batch_tokens` tokens at a time.
+
+    Args:
+        samples: Inputs by argument of the forward, each with a batch dimension of one.
+        tokens_per_sample: Tokens of a sample that has no token ids.
+        micro_batch_tokens: A single sample may have more.
+    """
 
     def signature(sample: dict[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return tuple((name, tuple(value.shape)) for name, value in sorted(sample.items()))
@@ -112,170 +177,9 @@ def micro_batches(
         alike = list(group)
         ids = alike[0].get("input_ids")
         tokens = tokens_per_sample if ids is None else ids.numel()
-        size = max(1, MICRO_BATCH_TOKENS // max(1, tokens))
+        joins = all(value.shape[:1] == (1,) for value in alike[0].values())
+        size = max(1, micro_batch_tokens // max(1, tokens)) if joins else 1
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
-            batches.append({name: torch.stack([s[name] for s in part]) for name in part[0]})
+            batches.append({name: torch.cat([s[name] for s in part]) for name in part[0]})
     return batches
-
-
-def _texts(path: Path, settings: "Calibration") -> list[Any]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix == ".txt":
-        return [line for line in lines if line.strip()]
-    problems, texts = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            problems.append(f"{path}:{number}: not JSON: {error}")
-            continue
-        text = record.get(settings.text_key) if isinstance(record, dict) else None
-        if isinstance(text, str) and text:
-            texts.append(text)
-        else:
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            problems.append(
-                f"{path}:{number}: no text under '{settings.text_key}' (found: {keys}); set "
-                "[calibration] text_key"
-            )
-    if problems:
-        raise InputError(problems[:20])
-    return texts
-
-
-def _tokenise(
-    texts: Sequence[str], settings: "Calibration", model: Path, path: Path
-) -> tuple[list[dict[str, Tensor]], int]:
-    """Token ids of each text, cut to max_length; also how many were cut."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            [
-                f"{model}: no tokenizer can be loaded for the texts of {path.name}: "
-                f"{str(error).strip().splitlines()[0]}"
-            ]
-        ) from error
-    whole = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    cut = [
-        tokenizer(text, truncation=True, max_length=settings.max_length)["input_ids"]
-        for text in texts
-    ]
-    empty = [number for number, ids in enumerate(cut) if not ids]
-    if empty:
-        raise InputError([f"{path}: {len(empty)} of the texts drawn have no tokens at all"])
-    truncated = sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
-    return [{"input_ids": torch.tensor(ids)} for ids in cut], truncated
-
-
-def _folder(path: Path, settings: "Calibration") -> list[Any]:  # noqa: ARG001 - one signature
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-
-
-def _arrays(path: Path, settings: "Calibration") -> list[Any]:
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            names = list(data)
-            key = names[0] if len(names) == 1 else settings.image_key
-            if key not in names:
-                raise InputError(
-                    [
-                        f"{path}: no array '{key}' (found: {', '.join(names)}); set "
-                        "[calibration] image_key"
-                    ]
-                )
-            images = data[key]
-    except (OSError, ValueError) as error:
-        raise InputError([f"{path}: not a readable .npz file: {error}"]) from error
-    if images.ndim not in (3, 4):
-        raise InputError(
-            [f"{path}: array '{key}' has shape {images.shape}; expected (n, h, w) or (n, h, w, c)"]
-        )
-    return list(images)
-
-
-def _process_images(items: Iterable[Any], model: Path, path: Path) -> list[dict[str, Tensor]]:
-    """Pixels of each image as the model's own processor makes them."""
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            model, trust_remote_code=False, local_files_only=True, backend="pil"
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            [
-                f"{model}: no image processor can be loaded for {path}: "
-                f"{str(error).strip().splitlines()[0]}"
-            ]
-        ) from error
-    config = json.loads((model / "config.json").read_bytes())
-    mode = "L" if config.get("num_channels") == 1 else "RGB"
-    samples = []
-    for item in items:
-        try:
-            pixels = processor(_as_image(item, mode), return_tensors="pt")["pixel_values"]
-        except (ValueError, TypeError) as error:
-            name = item if isinstance(item, Path) else path
-            raise InputError(
-                [f"{name}: the image processor of {model} refuses an image: {error}"]
-            ) from error
-        samples.append({"pixel_values": pixels[0]})
-    return samples
-
-
-def _as_image(item: Any, mode: str) -> Any:  # noqa: ANN401 - an array or a file, to a PIL image
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise InputError(
-            ['images need Pillow; install it with: pip install "esm-stream[images]"']
-        ) from error
-    try:
-        image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
-        return image.convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError([f"{item}: not a readable image: {error}"]) from error
-
-
-def _ready(path: Path, settings: "Calibration") -> list[Any]:  # noqa: ARG001 - one signature
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError([f"{path}: not a readable safetensors file: {error}"]) from error
-    counts = {name: value.shape[0] if value.ndim else 0 for name, value in tensors.items()}
-    if not counts or len(set(counts.values())) > 1:
-        raise InputError(
-            [
-                f"{path}: the first dimension of every tensor must be the samples; found "
-                f"{counts or 'no tensors'}"
-            ]
-        )
-    return [
-        {name: value[i] for name, value in tensors.items()}
-        for i in range(next(iter(counts.values())))
-    ]
-
-
-def _without_padding(sample: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop the positions that the sample's attention_mask marks as padding, and the mask."""
-    if "attention_mask" not in sample or sample["attention_mask"].ndim != 1:
-        return sample
-    keep = sample["attention_mask"].bool()
-    if not keep.any():
-        raise InputError([f"{path}: a sample's attention_mask masks all of its tokens"])
-    return {
-        name: value[keep] if value.shape[:1] == keep.shape else value
-        for name, value in sample.items()
-        if name != "attention_mask"
-    }

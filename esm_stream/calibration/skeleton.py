@@ -243,7 +243,7 @@ def _build(
             f"{root}/config.json: the checkpoint is quantised (quantization_config); save a "
             "dequantised copy of it"
         )
-    architecture = _model_class(config)
+    architecture = model_class(config)
     with _BUILD_LOCK, _on_meta():
         model = architecture._from_config(config, dtype=dtype)
     model.eval()
@@ -251,7 +251,7 @@ def _build(
     return Skeleton(model, stored, converted, _dtypes(model, dtype))
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that the checkpoint was saved from, or AutoModel's choice."""
     import transformers
 

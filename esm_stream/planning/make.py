@@ -2,7 +2,7 @@
 
 from esm_stream import __version__
 from esm_stream.manifest import Manifest
-from esm_stream.planning.opening import Opened, open_inputs, ready_tokens
+from esm_stream.planning.opening import Opened, longest_sample, open_inputs
 from esm_stream.planning.plan import ChainPlan, Plan
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
@@ -64,17 +64,8 @@ def _chain_plan(opened: Opened) -> ChainPlan:
 
 def _tokens_per_sample(opened: Opened) -> int:
     """Tokens of one sample: exact for ready-made inputs and images, an upper bound for texts."""
-    from esm_stream.calibration.proxies import kind_of_source
-
     assert opened.chain is not None
-    manifest = opened.manifest
-    kinds = {
-        kind_of_source(source)
-        for expert in manifest.experts
-        if (source := manifest.calibration_of(expert)) is not None
-    }
-    texts = manifest.calibration.max_length if "text" in kinds else 0
-    return max(texts, ready_tokens(manifest) or 0, opened.chain.tokens)
+    return max(longest_sample(opened.manifest), opened.chain.tokens)
 
 
 def _silent_notes(opened: Opened) -> list[str]:

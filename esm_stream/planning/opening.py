@@ -7,12 +7,13 @@ Cost:  headers, config files and the model on the meta device; no tensor is read
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
-from esm_stream.manifest import Manifest
+from esm_stream.manifest import Expert, Manifest
 from esm_stream.methods import create
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def open_inputs(manifest: Manifest) -> Opened:
     base, experts = _open_checkpoints(manifest)
     dtype = compute_dtype(manifest, base)
     needs_data = _needs_data(manifest)
-    notes = list(_config_notes(base, experts))
+    notes = [*_config_notes(base, experts), *(generic_notes(manifest) if needs_data else ())]
     problems = _calibration_problems(manifest) if needs_data else []
     if problems:
         raise InputError(problems)
@@ -68,7 +69,7 @@ def open_inputs(manifest: Manifest) -> Opened:
     shapes = {name: info.shape for name, info in base.tensors.items()}
     try:
         skeleton = build_skeleton(base.root, shapes, torch_dtype(dtype))
-        chain = plan_chain(skeleton, _dummy_sample(manifest))
+        chain = plan_chain(skeleton, _dummy_sample(manifest, dtype))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{base.root}: {error}. Methods that need no activations still work: "
@@ -151,17 +152,18 @@ def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpo
 
 def _calibration_problems(manifest: Manifest) -> list[str]:
     """Calibration data that are not named or not there."""
-    from esm_stream.calibration.proxies import kind_of_source
+    from esm_stream.calibration.proxies import no_generic_texts
+    from esm_stream.calibration.sources import kind_of_source
 
-    problems = []
-    for expert in manifest.experts:
-        source = manifest.calibration_of(expert)
-        if source is None:
-            problems.append(
-                f'expert "{expert.name}" has no calibration data; give it `calibration`, or set '
-                "[calibration] data for all experts (any text or images of the right kind will do)"
-            )
-            continue
+    without = [e.name for e in manifest.experts if manifest.calibration_of(e) is None]
+    reason = no_generic_texts(manifest.base.model) if without else None
+    problems = [
+        f'expert "{name}" has no calibration data; give it `calibration`, or set [calibration] '
+        f"data for all experts. The generic texts of esm-stream do not do here: {reason}"
+        for name in without
+        if reason
+    ]
+    for source in filter(None, map(manifest.calibration_of, manifest.experts)):
         try:
             kind_of_source(source)
         except InputError as error:
@@ -190,39 +192,40 @@ def _modality_of(base: Checkpoint) -> Modality:
     return "vision" if {"image_size", "patch_size"} & set(base.config) else "language"
 
 
-def _dummy_sample(manifest: Manifest) -> "dict[str, torch.Tensor] | None":
-    """One sample shaped as the first expert's ready-made inputs; None for other sources."""
-    import torch
-
+def _dummy_sample(manifest: Manifest, dtype: str) -> "dict[str, torch.Tensor] | None":
+    """Inputs of the first expert's first sample; None where the configuration says enough."""
     from esm_stream.calibration.chain import DUMMY_TOKENS
-    from esm_stream.calibration.proxies import kind_of_source
-    from esm_stream.checkpoints.header import read_header
+    from esm_stream.calibration.proxies import example_inputs
 
-    source = manifest.calibration_of(manifest.experts[0])
-    if source is None or kind_of_source(source) != "inputs":
+    source = source_of(manifest, manifest.experts[0])
+    found = example_inputs(source, manifest.calibration, manifest.base.model, DUMMY_TOKENS)
+    if found is None:
         return None
-    sample = {}
-    tensors = read_header(source).tensors
-    length = ready_tokens(manifest)
-    for name, info in tensors.items():
-        if info.kind.torch_name is None:
-            raise InputError([f"{source}: tensor '{name}' has a dtype that no model takes"])
-        # Few tokens show the same structure as many; images keep their size.
-        shape = [min(n, DUMMY_TOKENS) if n == length else n for n in info.shape[1:]]
-        sample[name] = torch.ones((1, *shape), dtype=torch_dtype(info.kind.torch_name))
-    return sample
+    floats = torch_dtype(dtype)
+    return {k: v.to(floats) if v.is_floating_point() else v for k, v in found.items()}
 
 
-def ready_tokens(manifest: Manifest) -> int | None:
-    """Most tokens of a sample among ready-made token ids; None for other sources."""
-    from esm_stream.calibration.proxies import kind_of_source
-    from esm_stream.checkpoints.header import read_header
+def source_of(manifest: Manifest, expert: Expert) -> Path:
+    """Calibration data of one expert: its own, the shared ones, or the generic texts."""
+    from esm_stream.calibration.sources import GENERIC
 
-    lengths = []
-    for expert in manifest.experts:
-        source = manifest.calibration_of(expert)
-        if source is not None and kind_of_source(source) == "inputs":
-            ids = read_header(source).tensors.get("input_ids")
-            if ids is not None and ids.ndim == 2:
-                lengths.append(ids.shape[1])
-    return max(lengths, default=None)
+    return manifest.calibration_of(expert) or GENERIC
+
+
+def longest_sample(manifest: Manifest) -> int:
+    """Most token ids that a sample of any expert can have; 0 if none has any."""
+    from esm_stream.calibration.proxies import most_tokens
+
+    sources = {source_of(manifest, expert) for expert in manifest.experts}
+    return max(most_tokens(source, manifest.calibration) for source in sources)
+
+
+def generic_notes(manifest: Manifest) -> list[str]:
+    """Says which experts run on the texts that come with esm-stream."""
+    without = [e.name for e in manifest.experts if manifest.calibration_of(e) is None]
+    if not without:
+        return []
+    return [
+        f"no calibration data are named for {', '.join(without)}: the generic texts that come "
+        "with esm-stream are used"
+    ]

@@ -8,16 +8,18 @@ block l + 1 before all have run block l, so that the base's block is read while 
 cache) and the merges of that block; scales; writes; seals; finish.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from esm_stream import budget
+from esm_stream.calibration.sources import GENERIC
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.checkpoints.companions import model_files
 from esm_stream.errors import BudgetError
 from esm_stream.methods import factor_method
-from esm_stream.planning.opening import Opened
+from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import ChainPlan, Matrix, Task, digest, topological
 from esm_stream.planning.treatments import Treatments
 from esm_stream.write.shards import ShardLayout
@@ -69,11 +71,8 @@ class TaskBuilder:
     def _inputs(self, expert: str) -> Task:
         settings = self._opened.manifest.calibration
         named = {e.name: e for e in self._opened.manifest.experts}[expert]
-        source = self._opened.manifest.calibration_of(named)
-        assert source is not None
-        drawn = settings.model_dump(
-            include={"samples", "seed", "max_length", "text_key", "image_key"}
-        )
+        source = source_of(self._opened.manifest, named)
+        drawn = settings.model_dump(mode="json", exclude={"data", "dtype", "min_samples"})
         size = self._hidden_tokens() * 8
         return self._task(
             f"inputs/{expert}",
@@ -442,7 +441,12 @@ def _numel(checkpoint: Checkpoint, names: Iterable[str]) -> int:
 
 
 def _source_identity(path: Path) -> object:
-    """Sizes and times of calibration data: one file, or all files of a folder."""
+    """Sizes and times of calibration data: one file, or all files of a folder.
+
+    The generic texts are known by their bytes: their times are those of the installation.
+    """
+    if path == GENERIC:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return [[p.relative_to(path).as_posix(), *_stamp(p)] for p in files]

@@ -70,7 +70,7 @@ def _calibration(report: dict[str, Any]) -> list[str]:
         return []
     rows = [
         f"| {name} | `{c['source']}` | {len(c['samples'])} of {c['available']} | {c['tokens']} | "
-        f"{c['truncated']} |"
+        f"{len(c['truncated'])} |"
         for name, c in report["calibration"].items()
     ]
     return [

@@ -97,7 +97,7 @@ def batches_of(path: Path, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """Micro-batches of ready-made inputs, floats in the forward's dtype."""
     tensors = tensors_of_file(path)
     count = next(iter(tensors.values())).shape[0]
-    samples = [{name: value[i] for name, value in tensors.items()} for i in range(count)]
+    samples = [{name: value[i : i + 1] for name, value in tensors.items()} for i in range(count)]
     return [
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         for batch in micro_batches(samples, PICTURE_TOKENS)
@@ -235,8 +235,9 @@ def test_texts_of_different_lengths_run_unpadded_in_the_drawn_micro_batches(
     assert results["samples"] == drawn.tolist()
     assert results["available"] == 20
     assert plan.directory.results("stem/expert0")["tokens"] == sum(map(len, ids))
-    assert results["truncated"] == sum(len(texts[i].split()) > 15 for i in drawn)
-    batches = micro_batches([{"input_ids": one} for one in ids], 1)
+    assert results["truncated"] == [i for i in drawn if len(texts[i].split()) > 15]
+    assert results["tokens_per_sample"] == [len(one) for one in ids]
+    batches = micro_batches([{"input_ids": one[None]} for one in ids], 1)
     assert {b["input_ids"].shape[1] for b in batches} == {len(one) for one in ids}
     watched = watch_batches(found, "expert0", batches)
     assert_same_states(states, watched, "expert0")
@@ -257,8 +258,7 @@ def test_images_go_through_the_processor_of_the_base(
     states = stream(plan)
     processor = AutoImageProcessor.from_pretrained(found.base, backend="pil")
     pixels = [
-        processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
-        for image in images
+        processor(Image.fromarray(image), return_tensors="pt")["pixel_values"] for image in images
     ]
     batches = micro_batches([{"pixel_values": one} for one in pixels], PICTURE_TOKENS)
     assert_same_states(states, watch_batches(found, "expert1", batches), "expert1")
@@ -276,7 +276,7 @@ def test_masked_positions_of_ready_made_inputs_are_dropped(
     save_file({"input_ids": ids, "attention_mask": mask}, found.inputs["expert0"])
     states = stream(plan_of(found))
     batches = micro_batches(
-        [{"input_ids": one[:n]} for one, n in zip(ids, lengths.tolist(), strict=True)], 1
+        [{"input_ids": one[None, :n]} for one, n in zip(ids, lengths.tolist(), strict=True)], 1
     )
     assert len(batches) == 5
     assert_same_states(states, watch_batches(found, "expert0", batches), "expert0")

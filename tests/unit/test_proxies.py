@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import hub
 import numpy as np
 import pytest
 import torch
@@ -10,13 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from esm_stream.calibration.proxies import (
-    MICRO_BATCH_TOKENS,
-    draw,
-    kind_of_source,
-    micro_batches,
-    read_proxies,
-)
+from esm_stream.calibration.proxies import MICRO_BATCH_TOKENS, micro_batches, read_proxies
+from esm_stream.calibration.sources import draw, kind_of_source
 from esm_stream.errors import InputError
 from esm_stream.manifest import Calibration
 
@@ -42,7 +38,7 @@ def test_samples_are_the_papers_draw() -> None:
 def test_micro_batches_hold_every_sample_once_unpadded_and_within_the_limit(
     lengths: list[int],
 ) -> None:
-    samples = [{"input_ids": torch.full((n,), i)} for i, n in enumerate(lengths)]
+    samples = [{"input_ids": torch.full((1, n), i)} for i, n in enumerate(lengths)]
     batches = micro_batches(samples, 1)
     seen = [row for batch in batches for row in batch["input_ids"]]
     assert sorted(int(row[0]) for row in seen) == list(range(len(lengths)))
@@ -57,9 +53,9 @@ def test_micro_batches_hold_every_sample_once_unpadded_and_within_the_limit(
 
 
 def test_samples_with_other_names_or_shapes_are_never_in_one_batch() -> None:
-    pixels, ids = torch.zeros(3, 8, 8), torch.zeros(4).long()
+    pixels, ids = torch.zeros(1, 3, 8, 8), torch.zeros(1, 4).long()
     batches = micro_batches(
-        [{"pixel_values": pixels}, {"input_ids": ids}, {"pixel_values": torch.zeros(3, 8, 16)}],
+        [{"pixel_values": pixels}, {"input_ids": ids}, {"pixel_values": torch.zeros(1, 3, 8, 16)}],
         4,
     )
     assert len(batches) == 3
@@ -67,7 +63,7 @@ def test_samples_with_other_names_or_shapes_are_never_in_one_batch() -> None:
 
 @pytest.mark.parametrize(("tokens", "sizes"), [(1, [5]), (500, [2, 2, 1]), (5000, [1] * 5)])
 def test_pictures_share_a_batch_as_far_as_their_tokens_allow(tokens: int, sizes: list[int]) -> None:
-    batches = micro_batches([{"pixel_values": torch.zeros(3, 8, 8)}] * 5, tokens)
+    batches = micro_batches([{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 5, tokens)
     assert [len(batch["pixel_values"]) for batch in batches] == sizes
 
 
@@ -77,8 +73,12 @@ def test_ready_made_inputs_lose_their_padding_and_their_mask(tmp_path: Path) -> 
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])
     types = ids + 100
     save_file({"input_ids": ids, "attention_mask": mask, "token_type_ids": types}, path)
-    found = read_proxies(path, Calibration(), tmp_path, 1)
-    assert (found.samples, found.available, found.truncated) == ([0, 1, 2], 3, 0)
+    model = hub.config(
+        tmp_path / "model", "BertConfig", "BertModel", vocab_size=hub.WORDS, **hub.HEADS
+    )
+    found = read_proxies(path, Calibration(min_samples=3), model, 1)
+    assert (found.samples, found.available, found.truncated) == ([0, 1, 2], 3, [])
+    assert found.tokens == [4, 2, 2]
     rows = {tuple(row.tolist()) for batch in found.batches for row in batch["input_ids"]}
     assert rows == {(0, 1, 2, 3), (4, 5), (10, 11)}
     for batch in found.batches:
@@ -102,8 +102,9 @@ def test_the_ending_says_what_a_file_holds(name: str, kind: str, tmp_path: Path)
 
 
 def refusal(path: Path, **settings: str) -> str:
+    model = hub.llama(path.parent / "model")
     with pytest.raises(InputError) as error:
-        read_proxies(path, Calibration.model_validate(settings), path.parent, 1)
+        read_proxies(path, Calibration.model_validate({"min_samples": 1, **settings}), model, 1)
     assert path.name in str(error.value)
     return str(error.value)
 
@@ -127,7 +128,8 @@ def test_texts_that_are_no_json_are_named_by_line(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "fine"}) + "\nnot json\n\n" + json.dumps(["a"]) + "\n")
     message = refusal(path)
     assert "t.jsonl:2: not JSON" in message
-    assert "t.jsonl:4: no text under 'text' (found: list)" in message
+    assert "t.jsonl:4: no text under 'text'" in message
+    assert "(found: list)" in message
 
 
 def test_arrays_are_found_by_their_key_and_checked(tmp_path: Path) -> None:
@@ -154,4 +156,7 @@ def test_a_model_without_tokenizer_or_processor_is_named(name: str, tmp_path: Pa
         np.savez(path, images=np.zeros((1, 4, 4, 3), np.uint8))
     else:
         path.write_text('{"text": "a"}\n')
-    assert str(tmp_path) in refusal(path)
+    model = hub.llama(tmp_path / "model")
+    with pytest.raises(InputError, match=r"no .* can be loaded for the") as error:
+        read_proxies(path, Calibration(min_samples=1), model, 1)
+    assert str(model) in str(error.value)
