@@ -50,7 +50,7 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
             for name, t in plan.tensors.items()
         },
         "matrices": matrices,
-        "warnings": _warnings(matrices, experts),
+        "warnings": [*_few_samples(plan, directory), *_warnings(matrices, experts)],
         "notes": list(plan.notes),
         "bytes_read": _bytes_read(plan, directory),
     }
@@ -84,6 +84,17 @@ def _calibration(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
         }
         for name in plan.experts
     }
+
+
+def _few_samples(plan: Plan, directory: WorkDirectory) -> list[str]:
+    """Experts whose calibration data hold fewer samples than the manifest asks for."""
+    wanted = plan.manifest["calibration"]["samples"]
+    drawn = {name: len(c["samples"]) for name, c in _calibration(plan, directory).items()}
+    return [
+        f'expert "{name}": {count} samples of calibration data, {wanted} were asked for'
+        for name, count in drawn.items()
+        if count < wanted
+    ]
 
 
 def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, Any]:

@@ -252,9 +252,6 @@ MISTAKES = {
     ),
     "corrupt shard": Mistake(cut_shard, 4, ("expert1/model.safetensors",)),
     "no shard": Mistake(no_safetensors, 4, ("expert1", "no model here")),
-    "no calibration": Mistake(
-        lambda d, _: d["experts"][1].pop("calibration"), 4, ('expert "expert1" has no calibration',)
-    ),
     "missing calibration": Mistake(
         calibration("none.jsonl", None), 4, ("none.jsonl", "no such calibration file")
     ),
@@ -266,9 +263,19 @@ MISTAKES = {
         calibration("b.jsonl", '{"text": "w3"}\n{"text": \n'), 4, ("b.jsonl:2", "not JSON")
     ),
     "wrong text_key": Mistake(
-        calibration("k.jsonl", '{"prompt": "w3 w4"}\n', text_key="body"),
+        calibration("k.jsonl", '{"content": "w3 w4"}\n', text_key="body"),
         4,
-        ("k.jsonl:1", "'body'", "found: prompt", "text_key"),
+        ('expert "expert1"', "k.jsonl:1", "'body'", "found: content", "text_key"),
+    ),
+    "too few samples": Mistake(
+        calibration("f.jsonl", '{"text": "w3 w4"}\n' * 3),
+        4,
+        ('expert "expert1"', "f.jsonl", "holds 3 samples", "expected 4 or more", "min_samples"),
+    ),
+    "messages without a chat template": Mistake(
+        calibration("m.jsonl", '{"messages": [{"role": "user", "content": "w3"}]}\n' * 4),
+        4,
+        ("m.jsonl:1", "chat template", "m.jsonl:4"),
     ),
     "output holds something else": Mistake(
         other_model_in_output, 4, ("thesis.txt", "choose another")
@@ -593,7 +600,7 @@ def test_mistakes_in_the_samples_of_every_expert_are_told_at_once(
     experts = []
     for number, (name, path) in enumerate(found.experts.items()):
         samples = tmp_path / f"{name}.jsonl"
-        samples.write_text('{"text": "a b"}\n' if number == 0 else '{"body": "a b"}\n')
+        samples.write_text('{"%s": "a b"}\n' % ("body" if number else "text") * 4)
         experts.append({"name": name, "model": str(path), "calibration": str(samples)})
     document = found.document(tmp_path / "merged", experts=experts)
     (tmp_path / "m.toml").write_text(toml(document))
@@ -602,6 +609,55 @@ def test_mistakes_in_the_samples_of_every_expert_are_told_at_once(
     for number, name in enumerate(found.experts):
         assert (f"{name}.jsonl" in words(result)) == (number > 0), result.output
     assert not list((tmp_path / "merged").glob("*.safetensors"))
+
+
+def test_language_models_without_data_run_on_the_generic_texts(found: Zoo, tmp_path: Path) -> None:
+    save_tokenizer(found.base)
+    experts = [{"name": name, "model": str(path)} for name, path in found.experts.items()]
+    settings = {"samples": 5, "max_length": 16}
+    document = found.document(tmp_path / "merged", experts=experts, calibration=settings)
+    path = write_manifest(tmp_path / "m.toml", document)
+    assert "generic texts that come with esm-stream" in words(esm_stream("plan", path))
+    result = esm_stream("merge", path, "--scheduler", "sync")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "merged" / "report.json").read_text())
+    for data in report["calibration"].values():
+        assert data["source"] == "generic texts of esm-stream"
+        assert len(data["samples"]) == 5
+        assert data["available"] > 200
+        assert data["tokens"] == sum(data["tokens_per_sample"]) <= 5 * 16
+        assert data["truncated"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "generic texts of esm-stream" in card
+
+
+def test_models_of_images_have_no_generic_data(zoo: MakeZoo, tmp_path: Path) -> None:
+    vision = zoo("vit")
+    experts = [{"name": name, "model": str(path)} for name, path in vision.experts.items()]
+    document = vision.document(tmp_path / "merged", experts=experts)
+    result = esm_stream("plan", write_manifest(tmp_path / "m.toml", document))
+    assert result.exit_code == 4
+    for name in vision.experts:
+        assert f'expert "{name}" has no calibration data' in words(result)
+    assert "ViTModel takes pixel_values" in words(result)
+
+
+def test_fewer_samples_than_asked_for_are_used_and_told(found: Zoo, tmp_path: Path) -> None:
+    save_tokenizer(found.base)
+    write_texts(tmp_path / "few.jsonl", 6, seed=0)
+    write_texts(tmp_path / "many.jsonl", 60, seed=0)
+    experts = [
+        {"name": name, "model": str(path), "calibration": source}
+        for (name, path), source in zip(
+            found.experts.items(), ("few.jsonl", "many.jsonl"), strict=True
+        )
+    ]
+    document = found.document(tmp_path / "merged", experts=experts)
+    path = write_manifest(tmp_path / "m.toml", document)
+    assert esm_stream("merge", path, "--scheduler", "sync").exit_code == 0
+    report = json.loads((tmp_path / "merged" / "report.json").read_text())
+    told = [line for line in report["warnings"] if "samples" in line]
+    assert told == ['expert "expert0": 6 samples of calibration data, 32 were asked for']
 
 
 def test_grey_images_become_what_the_model_takes(tmp_path: Path) -> None:

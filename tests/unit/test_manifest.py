@@ -84,8 +84,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         (
             "[calibration]\nzzz = 3",
-            "calibration: unknown key 'zzz' (known keys: data, samples, seed, max_length, "
-            "text_key, image_key, dtype)",
+            "calibration: unknown key 'zzz' (known keys: data, samples, min_samples, seed, "
+            "max_length, max_seconds, text_key, messages_key, prompt_key, response_key, "
+            "image_path_key, audio_path_key, image_key, dtype)",
         ),
         ("[merges]\n", "unknown key 'merges' (did you mean 'merge'?)"),
         (
