@@ -31,6 +31,12 @@ F64: Final = 8
 # Interpreter-side buffers of a task: Zarr chunks being encoded, JSON, allocator slack.
 TASK_OVERHEAD: Final = 32 * MIB
 PANEL_BYTES: Final = 16 * MIB
+# Numbers that a panel of all experts holds: float64 temporaries of it stay below LARGE_BYTES of
+# allocation.py, so that they are reused and stay in the processor's cache.
+STACK_NUMBERS: Final = 1 << 16
+FEWEST_ELEMENTS: Final = 1 << 10
+# The largest statistic of an expert: a histogram of methods/thresholds.py.
+HISTOGRAM_BYTES: Final = 2 * MIB
 
 
 def parse_size(text: str | int) -> int:
@@ -67,6 +73,12 @@ def format_flops(flops: float) -> str:
             return f"{flops:.3g} {unit}FLOP"
         flops /= 1000
     return f"{flops:,.4g} PFLOP"
+
+
+def panel_elements(num_experts: int, columns: int = 1) -> int:
+    """Elements of one panel of an elementwise method: a multiple of `columns`, at least one."""
+    fitting = max(FEWEST_ELEMENTS, STACK_NUMBERS // num_experts)
+    return max(1, fitting // columns) * columns
 
 
 def eigh_bytes(side: int) -> int:

@@ -28,7 +28,7 @@ from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from esm_stream.budget import parse_size
-from esm_stream.checkpoints.names import compile_pattern
+from esm_stream.checkpoints.names import Kind, compile_pattern
 from esm_stream.errors import ManifestError
 
 
@@ -61,6 +61,8 @@ SIZE_SCHEMA: JsonDict = {
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0), WithJsonSchema(SIZE_SCHEMA)]
 Pattern = Annotated[str, BeforeValidator(_pattern), Field(min_length=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
+# One number, or anchors spread evenly from the first block to the last.
+Graded = float | Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -137,25 +139,48 @@ class Calibration(Section):
 
 
 class Rule(Section):
-    """Another treatment for the tensors whose names match."""
+    """Another treatment for the tensors whose names, or parts in a block, match."""
 
     tensors: Pattern = Field(
-        description="A glob, or 're:' and a regular expression matching whole names."
+        default="*", description="A glob, or 're:' and a regular expression matching whole names."
+    )
+    kinds: tuple[Kind, ...] = Field(
+        default=(), description="Parts in a block that the rule is for; none means all tensors."
     )
     method: str | None = Field(
-        default=None, description="A method, or 'base' to copy the base's tensors."
+        default=None,
+        description="A method, 'base' to copy the base's tensors, or 'expert' to copy those of "
+        "the expert named by `expert`.",
     )
-    alpha: float | None = Field(default=None, description="Coefficient of the merged update.")
+    expert: str | None = Field(
+        default=None, description="The expert whose tensors method 'expert' copies."
+    )
+    alpha: Graded | None = Field(default=None, description="Coefficient of the merged update.")
+    weights: dict[str, Graded] = Field(
+        default_factory=dict, description="Weights of experts, instead of those of [merge]."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+
+    @property
+    def place(self) -> str:
+        """What the rule is for, as messages name it."""
+        kinds = f" of kind {', '.join(self.kinds)}" if self.kinds else ""
+        return f"rule '{self.tensors}'{kinds}"
 
 
 class Merge(Section):
     """Method, its options, and exceptions by tensor."""
 
     method: str = Field(default="esm", description="Name of the merging method.")
-    alpha: float | Literal["default"] = Field(
+    alpha: Graded | Literal["default"] = Field(
         default="default",
-        description="Coefficient of the merged update; 'default' is the method's own choice.",
+        description="Coefficient of the merged update, one number or anchors from the first block "
+        "to the last; 'default' is the method's own choice.",
+    )
+    weights: dict[str, Graded] = Field(
+        default_factory=dict,
+        description="Weights of experts by name, numbers or anchors from the first block to the "
+        "last; experts that are not named have 1.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
     rules: tuple[Rule, ...] = Field(default=(), description="Exceptions; the first match wins.")

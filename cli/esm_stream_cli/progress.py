@@ -19,6 +19,8 @@ NAMES = {
     "stem": "embeddings",
     "forward": "forward and bases",
     "merge": "merge matrices",
+    "measure": "statistics",
+    "total": "totals",
     "scale": "layer scales",
     "write": "write tensors",
     "seal": "seal shards",

@@ -108,6 +108,11 @@ class TensorInfo:
         return len(self.shape)
 
     @property
+    def columns(self) -> int:
+        """Elements of a row; all elements where there are fewer than two dimensions."""
+        return math.prod(self.shape[1:]) if self.ndim > 1 else self.numel
+
+    @property
     def num_rows(self) -> int:
         """Length of the first dimension; a scalar is one row."""
         return self.shape[0] if self.shape else 1

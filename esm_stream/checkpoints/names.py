@@ -74,6 +74,12 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def stack_of(name: str) -> str:
+    """What precedes the block's number, which names its list of blocks; the whole name if none."""
+    match = _BLOCK.search("." + name)
+    return name[: match.start() - 1] if match else name
+
+
 def role_of(name: str) -> str:
     """The name with its block number replaced by "*"."""
     return _BLOCK.sub("*", "." + name, count=1)[1:]

@@ -78,6 +78,16 @@ class TensorReader:
         last_byte = info.start + stop * info.row_nbytes
         return self._view(info, first_byte, last_byte, (stop - start, *info.shape[1:]))
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start..stop-1 of the flattened tensor, shape (stop - start,)."""
+        info = self.checkpoint.tensors[name]
+        if not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"{name}: elements {start}..{stop} are outside 0..{info.numel}")
+        size = info.kind.bits // 8
+        return self._view(
+            info, info.start + start * size, info.start + stop * size, (stop - start,)
+        )
+
     def raw_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Bytes start..stop-1 of the tensor as uint8, whatever its dtype."""
         info = self.checkpoint.tensors[name]

@@ -1,46 +1,35 @@
-"""The methods by name: their options, and how to make one from a manifest.
-
-Options and profiles are read without torch; a method's numerics are imported when one is made.
-"""
+"""The methods by name: registered once, made from a manifest's options."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Protocol, TypeGuard, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from esm_stream.errors import ManifestError
-from esm_stream.methods.options import AverageOptions, EsmOptions, TsvMOptions
+from esm_stream.methods.average import Average
+from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod
+from esm_stream.methods.dare import Dare
+from esm_stream.methods.esm import Esm
+from esm_stream.methods.linear import Linear
+from esm_stream.methods.task_arithmetic import TaskArithmetic
+from esm_stream.methods.ties import Ties
+from esm_stream.methods.tsv_m import TsvM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-    from esm_stream.methods.average import Average
-    from esm_stream.methods.contract import ElementwiseMethod, FactorMethod
-    from esm_stream.methods.esm import Esm
+    from esm_stream.methods.contract import AnyMethod, FactorMethod, MethodOptions
     from esm_stream.methods.profiles import Modality
-    from esm_stream.methods.tsv_m import TsvM
 
-
-def _esm(options: EsmOptions, modality: Modality) -> Esm:
-    from esm_stream.methods.esm import Esm
-
-    return Esm(options, options.resolve(modality))
-
-
-def _tsv_m(options: TsvMOptions, modality: Modality) -> TsvM:  # noqa: ARG001
-    from esm_stream.methods.tsv_m import TsvM
-
-    return TsvM(options)
-
-
-def _average(options: AverageOptions, modality: Modality) -> Average:  # noqa: ARG001
-    from esm_stream.methods.average import Average
-
-    return Average()
+MethodClass = type[ElementwiseMethod] | type[SpectralMethod] | type[Esm] | type[TsvM]
+METHODS: dict[str, MethodClass] = {
+    method.name: method for method in (Average, Dare, Esm, Linear, TaskArithmetic, Ties, TsvM)
+}
 
 
 class Choice(Protocol):
@@ -52,59 +41,58 @@ class Choice(Protocol):
 
     @property
     def options(self) -> Mapping[str, object]:
-        """Options as the manifest has them."""
+        """Options as the manifest has them, lists over depth resolved."""
 
     @property
     def modality(self) -> Modality:
         """What the model reads."""
 
 
-_Entry = tuple[type[BaseModel], "Callable[..., ElementwiseMethod | FactorMethod]"]
-_METHODS: dict[str, _Entry] = {
-    "average": (AverageOptions, _average),
-    "esm": (EsmOptions, _esm),
-    "tsv_m": (TsvMOptions, _tsv_m),
-}
-
-
 def available() -> tuple[str, ...]:
     """Names of all methods, in alphabetical order."""
-    return tuple(sorted(_METHODS))
+    return tuple(sorted(METHODS))
 
 
-def options_model(name: str) -> type[BaseModel]:
+def method_class(name: str) -> MethodClass:
+    """The class of a method.
+
+    Raises:
+        ManifestError: There is no such method.
+    """
+    if name not in METHODS:
+        raise ManifestError(f"unknown method '{name}'{_suggestion(name, available())}")
+    return METHODS[name]
+
+
+def options_model(name: str) -> type[MethodOptions]:
     """Model of the options of a method.
 
     Raises:
         ManifestError: There is no such method.
     """
-    return _entry(name)[0]
+    return method_class(name).Options
 
 
-def create(
-    name: str, options: Mapping[str, object], modality: Modality
-) -> ElementwiseMethod | FactorMethod:
+def create(name: str, options: Mapping[str, object], modality: Modality) -> AnyMethod:
     """A method, ready to merge.
 
     Args:
         name: One of `available()`.
-        options: Options as the manifest has them.
+        options: Options as the manifest has them, lists over depth resolved.
         modality: What the model reads; profiles differ by it.
 
     Raises:
         ManifestError: Unknown method or option, or a value out of range; all mistakes at once.
     """
-    model, build = _entry(name)
+    method = method_class(name)
     try:
-        return build(model.model_validate(dict(options)), modality)
+        return method.create(method.Options.model_validate(dict(options)), modality)
     except ValidationError as error:
-        lines = [_explain(name, model, mistake) for mistake in error.errors()]
+        lines = [_explain(name, method.Options, mistake) for mistake in error.errors()]
         raise ManifestError("\n".join(lines)) from error
 
 
-def is_factor_method(
-    method: ElementwiseMethod | FactorMethod,
-) -> TypeGuard[FactorMethod]:
+def is_factor_method(method: AnyMethod) -> TypeGuard[FactorMethod]:
     """Whether a method merges one matrix at a time from thin factors."""
     return hasattr(method, "factor")
 
@@ -119,17 +107,60 @@ def factor_method(choice: Choice) -> FactorMethod:
 def elementwise_method(choice: Choice) -> ElementwiseMethod:
     """The method of a choice that the plan has found to be an elementwise method."""
     method = create(choice.name, choice.options, choice.modality)
-    assert not is_factor_method(method)
-    return cast("ElementwiseMethod", method)
+    assert isinstance(method, ElementwiseMethod)
+    return method
 
 
-def _entry(name: str) -> _Entry:
-    if name not in _METHODS:
-        raise ManifestError(f"unknown method '{name}'{_suggestion(name, available())}")
-    return _METHODS[name]
+def at_depth(name: str, options: Mapping[str, object], depth: float) -> dict[str, object]:
+    """Options of one tensor: lists given for numbers are interpolated at its depth.
+
+    Args:
+        name: One of `available()`.
+        options: Options as the manifest has them.
+        depth: 0 in the first block, 1 in the last.
+    """
+    fields = options_model(name).model_fields
+    numbers = {f.alias or key for key, f in fields.items() if _is_number(f)}
+    return {
+        key: interpolated(value, depth) if key in numbers else value
+        for key, value in options.items()
+    }
 
 
-def _explain(name: str, model: type[BaseModel], mistake: ErrorDetails) -> str:
+def interpolated(value: object, depth: float) -> object:
+    """A list of numbers as anchors spread evenly over the depth; by expert in a dictionary."""
+    if isinstance(value, dict):
+        return {key: interpolated(inner, depth) for key, inner in value.items()}
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in value):
+        return value
+    position = depth * (len(value) - 1)
+    low = min(int(position), len(value) - 1)
+    high = min(low + 1, len(value) - 1)
+    return value[low] + (position - low) * (value[high] - value[low])
+
+
+def depths_of(options: Mapping[str, object]) -> list[float]:
+    """Depths at which options over depth have an anchor: values between them lie between."""
+    values = [v for o in options.values() for v in (o.values() if isinstance(o, dict) else [o])]
+    counts = {len(value) for value in values if isinstance(value, list | tuple)}
+    return sorted({0.0} | {i / (n - 1) for n in counts for i in range(n) if n > 1})
+
+
+def _is_number(field: FieldInfo) -> bool:
+    """Whether an option is a number, for all experts or by expert."""
+    return _mentions(field.annotation, (int, float))
+
+
+def _mentions(annotation: object, types: tuple[type, ...]) -> bool:
+    if get_origin(annotation) in (tuple, list):
+        return False
+    inner = get_args(annotation)
+    return annotation in types or any(_mentions(part, types) for part in inner)
+
+
+def _explain(name: str, model: type[MethodOptions], mistake: ErrorDetails) -> str:
     """One line: the place, the rule and the value, or the key that was probably meant."""
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":

@@ -1,33 +1,37 @@
 """Weight averaging: the mean of all experts' updates (methods.md 3.1).
 
-From:  the engine, one row panel of every expert in turn.
+From:  the engine, panels of base and experts.
 To:    the engine, the merged panel.
-Peak:  one float32 sum and the panel being added.
+Peak:  one panel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from esm_stream.methods.contract import About, ElementwiseMethod, Panel
+from esm_stream.methods.options import AverageOptions
+from esm_stream.methods.signs import weighted_sum
 
-class Average:
-    """Mean of the updates; experts without update count as zero."""
 
-    name = "average"
+class Average(ElementwiseMethod):
+    """W = W0 + alpha * sum of a_t D_t / sum of a_t.
 
-    def merge(self, updates: Iterable[Tensor]) -> Tensor:
-        """Mean of float32 panels of one shape, summed in float32 in the order given.
+    With alpha = 1 it is the mean of the experts' weights. Experts without update count as zero.
+    """
 
-        Raises:
-            ValueError: There is no panel.
-        """
-        panels = iter(updates)
-        first = next(panels, None)
-        if first is None:
-            raise ValueError("an average needs at least one expert")
-        total, count = first.to(torch.float32, copy=True), 1
-        for update in panels:
-            total += update
-            count += 1
-        return total.div_(count)
+    name: ClassVar[str] = "average"
+    Options = AverageOptions
+    about: ClassVar[About] = About(
+        summary="Mean of the experts' weights.",
+        source="Wortsman et al. 2022, model soups, arXiv 2203.05482",
+        data="none",
+        passes="1",
+        memory="panels",
+        when="a baseline; what is not a matrix in a block, beside other methods",
+    )
+
+    def merge(self, panel: Panel, known: Sequence[Any]) -> Tensor:  # noqa: ARG002
+        """Mean of the updates, weighted where the manifest gives weights."""
+        return weighted_sum(panel.updates_TN, panel.weights, normalize=True)

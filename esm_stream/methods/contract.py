@@ -1,21 +1,171 @@
 """What the engine and a merging method promise each other.
 
 The engine decides order, panels, files and devices; a method is pure functions over tensors.
-Two kinds exist. An *elementwise* method sees row panels of all experts' updates, one after the
-other, and never keeps more than a sum. A *factor* method sees one matrix at a time: it reduces the
-update of each expert to two thin factors on its own, and later combines the factors of all experts.
+Three kinds exist.
 
-Letters: T experts, O output features, I input features, K rank of one expert.
+An *elementwise* method sees panels: the same elements of the base and of all experts' updates.
+Before it merges it may sweep over the tensor, or over all tensors it merges, to sum statistics.
+Panels hold a fixed number of numbers, so memory depends neither on tensors nor on experts.
+
+A *spectral* method sees one matrix at a time and streams the experts' updates as often as it wants.
+
+A *factor* method reduces each expert's update of one matrix to two thin factors on its own, which
+is what the forward pass needs, and later combines the factors of all experts.
+
+Letters: T experts, N elements of a panel, O output features, I input features, K rank of one
+expert.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from esm_stream.methods.profiles import Modality
 
 Number = int | float
 Diagnostics = Mapping[str, Number | str | Sequence[Number]]
+Sums = dict[str, Tensor]
+Share = Annotated[float, Field(gt=0, le=1)]
+# One value for all experts, or one for each by name.
+Shares = Share | dict[str, Share]
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What `esm-stream methods` says of a method, one short line each.
+
+    `data` is what it needs besides the models, `passes` how often it reads the experts, `memory`
+    what it holds at a time.
+    """
+
+    summary: str
+    source: str
+    data: str
+    passes: str
+    memory: str
+    when: str
+
+
+class MethodOptions(BaseModel):
+    """Base of all options: frozen, finite numbers, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The same N elements of base and experts, float32 (float64 where the base is).
+
+    Attributes:
+        tensor: Name of the tensor.
+        first: Index of the first element in the flattened tensor.
+        columns: Length of a row, which is the whole tensor where it has fewer than 2 dimensions.
+        experts: Names, in manifest order.
+        weights: One per expert, as given in the manifest.
+        base_N: Elements of the base.
+        updates_TN: Expert minus base; made anew for every sweep, so a method may overwrite it.
+    """
+
+    tensor: str
+    first: int
+    columns: int
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    base_N: Tensor
+    updates_TN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a sweep went over: one tensor, or all tensors of one method and its options."""
+
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    elements: int
+
+
+def each(option: float | Mapping[str, float], experts: Sequence[str]) -> list[float]:
+    """An option's value for every expert: one number for all, or one by name."""
+    if isinstance(option, Mapping):
+        return [option[name] for name in experts]
+    return [option] * len(experts)
+
+
+def add_to(sums: Sums, key: str, value: Tensor) -> None:
+    """Add to a sum that may not have begun."""
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value.clone()
+
+
+class Method:
+    """What every method has; `default_alpha` stands where the manifest gives no alpha."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]]
+    about: ClassVar[About]
+    default_alpha: ClassVar[float] = 1.0
+    max_experts: ClassVar[int | None] = None
+
+    def __init__(self, options: Any) -> None:  # noqa: ANN401 - a model of the method's own
+        self.options = options
+
+    @classmethod
+    def create(cls, options: MethodOptions, modality: Modality) -> Self:  # noqa: ARG003
+        """A method for a model that reads what `modality` says."""
+        return cls(options)
+
+
+class ElementwiseMethod(Method):
+    """Merges panels, after as many measuring sweeps as it needs.
+
+    `scope` says over what a sweep sums: each tensor, or all tensors merged with the same options.
+    `whole_rows`: panels begin and end with a row.
+    """
+
+    scope: Literal["tensor", "model"] = "tensor"
+    sweeps: int = 0
+    whole_rows: ClassVar[bool] = False
+
+    def measure(self, panel: Panel, known: Sequence[Any], sums: Sums) -> None:
+        """Add one panel to the sums of sweep number `len(known)` (float64 or int64 tensors)."""
+        raise NotImplementedError
+
+    def settle(self, sums: Sums, known: Sequence[Any], whole: Whole) -> Any:  # noqa: ANN401, ARG002
+        """What later sweeps and the merge need to know of the sums of sweep `len(known)`."""
+        return sums
+
+    def merge(self, panel: Panel, known: Sequence[Any]) -> Tensor:
+        """Merged update (N,) of one panel; `known` has one entry per sweep."""
+        raise NotImplementedError
+
+
+class Updates(Protocol):
+    """The experts' updates of one matrix, weights applied; each iteration reads them anew."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Updates (O, I), float32, in manifest order; the caller may overwrite them."""
+
+    def __len__(self) -> int:
+        """Number of experts."""
+
+
+class SpectralMethod(Method):
+    """Merges one matrix at a time, from as many passes over the experts as it needs."""
+
+    def merge(self, updates: Updates, shape: tuple[int, int]) -> "Merged":
+        """Merged update of a matrix of shape (O, I)."""
+        raise NotImplementedError
+
+    def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:
+        """Upper bound of the float64 numbers that `merge` holds, one float32 update included."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +204,12 @@ class Merged:
     diagnostics: Diagnostics = field(default_factory=dict)
 
 
-class ElementwiseMethod(Protocol):
-    """Merges row panels; memory independent of the number of experts."""
-
-    name: str
-
-    def merge(self, updates: Iterable[Tensor]) -> Tensor:
-        """Merged update of one panel from the float32 updates of all experts, in manifest order."""
-
-
 class FactorMethod(Protocol):
     """Merges one matrix at a time from thin factors of every expert's update."""
 
-    name: str
+    name: ClassVar[str]
     uses_moments: bool
+    about: ClassVar[About]
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """Largest number of columns K that `factor` keeps of an update of `shape` (O, I)."""
@@ -80,3 +222,6 @@ class FactorMethod(Protocol):
 
     def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:
         """Merge the factors of all experts (manifest order) into one update (O, I), float64."""
+
+
+AnyMethod = ElementwiseMethod | SpectralMethod | FactorMethod

@@ -11,15 +11,15 @@ Letters: T experts, O output features, I input features, K rank of one expert, R
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from esm_stream.methods.contract import Diagnostics, Factors, Merged, Moment
+from esm_stream.methods.contract import About, Diagnostics, Factors, Merged, MethodOptions, Moment
 from esm_stream.methods.options import EsmOptions
-from esm_stream.methods.profiles import Profile
+from esm_stream.methods.profiles import Modality, Profile
 from esm_stream.scaling.dimension import column_factors
 from esm_stream.scaling.task import task_factors
 from esm_stream.subspace.basis import coordinates, essential_basis, frobenius_norm
@@ -31,7 +31,22 @@ _FACTOR_OPTIONS = {"rank", "rank_factor", "rank_tolerance", "strict_official", "
 class Esm:
     """ESM with the options of one manifest and the profile they resolve to."""
 
-    name = "esm"
+    name: ClassVar[str] = "esm"
+    Options = EsmOptions
+    about: ClassVar[About] = About(
+        summary="Keeps the output directions that matter for real inputs, made orthogonal.",
+        source="arXiv 2602.20208 (CVPR 2026) and 2606.19164 (journal)",
+        data="samples (none with decomposition = svd)",
+        passes="1, and a forward pass",
+        memory="factors of one matrix",
+        when="distinct experts, unlabelled samples at hand: the quality option",
+    )
+
+    @classmethod
+    def create(cls, options: MethodOptions, modality: Modality) -> Self:
+        """ESM for a model that reads what `modality` says."""
+        assert isinstance(options, EsmOptions)
+        return cls(options, options.resolve(modality))
 
     def __init__(self, options: EsmOptions, profile: Profile) -> None:
         self.options = options

@@ -1,4 +1,4 @@
-"""Options of every method, checked where the manifest is read. Imports no torch.
+"""Options of the factor methods and the average, checked where the manifest is read.
 
 A field left out of `EsmOptions` takes the value of the profile. The descriptions go into the JSON
 schema and the reference page.
@@ -7,8 +7,9 @@ schema and the reference page.
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from esm_stream.methods.contract import MethodOptions
 from esm_stream.methods.profiles import (
     PROFILES,
     AlphaOn,
@@ -22,14 +23,6 @@ from esm_stream.methods.profiles import (
 )
 
 _OVERRIDES = set(Profile.__dataclass_fields__)
-
-
-class MethodOptions(BaseModel):
-    """Base of all options: frozen, finite numbers, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
-    )
 
 
 class AverageOptions(MethodOptions):

@@ -9,13 +9,14 @@ Letters: T experts, O output features, I input features, K rank of one expert, R
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from esm_stream.methods.contract import Factors, Merged, Moment
+from esm_stream.methods.contract import About, Factors, Merged, MethodOptions, Moment
 from esm_stream.methods.options import TsvMOptions
+from esm_stream.methods.profiles import Modality
 from esm_stream.subspace.basis import frobenius_norm
 from esm_stream.subspace.polar import polar
 
@@ -23,11 +24,26 @@ from esm_stream.subspace.polar import polar
 class TsvM:
     """Task singular vectors, merged."""
 
-    name = "tsv_m"
+    name: ClassVar[str] = "tsv_m"
+    Options = TsvMOptions
     uses_moments = False
+    about: ClassVar[About] = About(
+        summary="Leading singular vectors of every update, decorrelated.",
+        source="Gargiulo et al. 2025, arXiv 2412.00081",
+        data="none",
+        passes="1",
+        memory="factors of one matrix",
+        when="distinct experts without samples",
+    )
 
     def __init__(self, options: TsvMOptions) -> None:
         self.options = options
+
+    @classmethod
+    def create(cls, options: MethodOptions, modality: Modality) -> Self:  # noqa: ARG003
+        """TSV-M, the same for every kind of model."""
+        assert isinstance(options, TsvMOptions)
+        return cls(options)
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """K = max(1, floor(rank_factor * min(O, I) / T)) or the rank asked for."""

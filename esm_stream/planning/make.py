@@ -45,6 +45,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         matrices=treatments.matrices,
         tensors=treatments.tensors,
         tasks=tasks,
+        populations=treatments.populations,
         notes=(*opened.notes, *_silent_notes(opened), *treatments.unused_patterns()),
     )
 

@@ -5,23 +5,22 @@ To:    treatments.py and tasks.py; later the stages, which open the same checkpo
 Cost:  headers, config files and the model on the meta device; no tensor is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
-from esm_stream.manifest import Expert, Manifest
-from esm_stream.methods import create
+from esm_stream.manifest import Expert, Graded, Manifest, Rule
+from esm_stream.methods import at_depth, create, depths_of
 
 if TYPE_CHECKING:
     import torch
 
     from esm_stream.calibration.chain import Chain
     from esm_stream.calibration.skeleton import Skeleton
-    from esm_stream.methods.contract import ElementwiseMethod, FactorMethod
 
 Modality = Literal["vision", "language"]
 COMPUTE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -100,35 +99,85 @@ def compute_dtype(manifest: Manifest, base: Checkpoint) -> str:
 
 def _check_methods(manifest: Manifest) -> None:
     """Refuse unknown methods and options of the merge and of every rule."""
-    lines = []
-    chosen = [("merge", manifest.merge.method, manifest.merge.options)]
-    chosen += [
-        (f"merge.rules[{i}]", rule.method, rule.options)
-        for i, rule in enumerate(manifest.merge.rules)
-        if rule.method not in (None, "base")
-    ]
-    for place, name, options in chosen:
+    lines: list[str] = []
+    experts = [expert.name for expert in manifest.experts]
+    for place, name, options, weights in _chosen(manifest):
         try:
-            create(str(name), options, "language")
+            for depth in depths_of(options):
+                _check_method(name, at_depth(name, options, depth), experts)
+            method = create(name, at_depth(name, options, 0.0), "language")
+            if weights and getattr(method, "uses_moments", False):
+                raise ManifestError(f"method '{name}' has no weights; leave them out")
         except ManifestError as error:
             lines += [f"{place}: {line}" for line in str(error).splitlines()]
+        lines += [
+            f"{place}: weights: there is no expert '{expert}'"
+            for expert in weights
+            if expert not in experts
+        ]
     for i, rule in enumerate(manifest.merge.rules):
-        if rule.options and rule.method in (None, "base"):
-            lines.append(f"merge.rules[{i}]: options need a method of the same rule")
-        if rule.method is None and rule.alpha is None:
-            lines.append(f"merge.rules[{i}]: gives neither a method nor an alpha")
+        lines += [f"merge.rules[{i}]: {line}" for line in _rule_mistakes(rule, experts)]
     if lines:
         raise ManifestError("\n".join(lines))
 
 
+def _chosen(manifest: Manifest) -> list[tuple[str, str, Mapping[str, Any], Mapping[str, Graded]]]:
+    """Place, name, options and weights of the merge's method and of those of rules."""
+    merge = manifest.merge
+    found: list[tuple[str, str, Mapping[str, Any], Mapping[str, Graded]]] = [
+        ("merge", merge.method, merge.options, merge.weights)
+    ]
+    for i, rule in enumerate(merge.rules):
+        weights = {**merge.weights, **rule.weights}
+        if rule.method is None and rule.weights:
+            found.append((f"merge.rules[{i}]", merge.method, merge.options, weights))
+        elif rule.method not in (None, "base", "expert"):
+            found.append((f"merge.rules[{i}]", str(rule.method), rule.options, weights))
+    return found
+
+
+def _check_method(name: str, options: Mapping[str, Any], experts: Sequence[str]) -> None:
+    """Refuse unknown options, values out of range, and values by expert that lack one.
+
+    Raises:
+        ManifestError: All mistakes, one per line.
+    """
+    method = create(name, options, "language")
+    lines = [
+        f"method '{name}': {key}: wants a value for each of {', '.join(experts)}, "
+        f"got {', '.join(map(str, value))}"
+        for key, value in options.items()
+        if isinstance(value, dict) and set(value) != set(experts)
+    ]
+    most = getattr(method, "max_experts", None)
+    if most is not None and len(experts) > most:
+        lines.append(f"method '{name}' merges {most} experts, the manifest has {len(experts)}")
+    if lines:
+        raise ManifestError("\n".join(lines))
+
+
+def _rule_mistakes(rule: Rule, experts: Sequence[str]) -> list[str]:
+    """What a rule says that cannot be meant."""
+    lines = []
+    copies = rule.method in ("base", "expert")
+    if rule.options and (rule.method is None or copies):
+        lines.append("options need a method of the same rule")
+    if rule.method is None and rule.alpha is None and not rule.weights:
+        lines.append("gives neither a method nor an alpha nor weights")
+    if copies and (rule.alpha is not None or rule.weights):
+        lines.append(f"method '{rule.method}' copies; it has neither alpha nor weights")
+    if (rule.method == "expert") != (rule.expert is not None):
+        lines.append("method 'expert' and the key 'expert' go together")
+    if rule.expert is not None and rule.expert not in experts:
+        lines.append(f"there is no expert '{rule.expert}'; known: {', '.join(experts)}")
+    return lines
+
+
 def _needs_data(manifest: Manifest) -> bool:
     """Whether any method of the manifest looks at activations."""
-    chosen = [(manifest.merge.method, manifest.merge.options)]
-    chosen += [
-        (r.method, r.options) for r in manifest.merge.rules if r.method not in (None, "base")
-    ]
-    methods: list[ElementwiseMethod | FactorMethod] = [
-        create(str(name), options, "language") for name, options in chosen
+    methods = [
+        create(name, at_depth(name, options, 0.0), "language")
+        for _, name, options, _ in _chosen(manifest)
     ]
     return any(getattr(method, "uses_moments", False) for method in methods)
 

@@ -18,14 +18,19 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
+from esm_stream.methods import at_depth
 from esm_stream.store.work import SCHEMA, WorkDirectory
 
 Treatment = Literal["copy", "equal", "elementwise", "factors"]
-Stage = Literal["inputs", "stem", "forward", "merge", "scale", "write", "seal", "finish"]
+Stage = Literal[
+    "inputs", "stem", "forward", "measure", "total", "merge", "scale", "write", "seal", "finish"
+]
 STAGES: Final[tuple[Stage, ...]] = (
     "inputs",
     "stem",
     "forward",
+    "measure",
+    "total",
     "merge",
     "scale",
     "write",
@@ -36,11 +41,12 @@ STAGES: Final[tuple[Stage, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class MethodChoice:
-    """A method with its options, as `methods.create` takes them."""
+    """A method with its options, as `methods.create` takes them, and one weight per expert."""
 
     name: str
     options: dict[str, Any]
     modality: Literal["vision", "language"]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,9 @@ class Matrix:
 class TensorPlan:
     """What happens to one tensor of the output.
 
-    "equal" tensors are copied too, but all experts have to agree with the base.
+    "copy" takes the base's, or that of the expert named by `source`. "equal" tensors are copied
+    too, but all experts have to agree with the base. `population` names the tensors whose
+    statistics this one shares.
     """
 
     name: str
@@ -92,6 +100,8 @@ class TensorPlan:
     method: MethodChoice | None = None
     matrix: str | None = None
     why: str = ""
+    source: str = ""
+    population: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +143,7 @@ class Task:
     block: int = -1
     subject: str = ""
     tensors: tuple[str, ...] = ()
+    sweep: int = -1
 
 
 @dataclass(frozen=True)
@@ -155,13 +166,15 @@ class Plan:
     matrices: dict[str, Matrix]
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
+    populations: dict[str, MethodChoice] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     @property
     def method(self) -> MethodChoice:
-        """The merge's main method."""
+        """The merge's main method, with the options of the first block."""
         merge = self.manifest["merge"]
-        return MethodChoice(merge["method"], merge["options"], self.modality)
+        options = at_depth(merge["method"], merge["options"], 0.0)
+        return MethodChoice(merge["method"], options, self.modality)
 
     @property
     def directory(self) -> WorkDirectory:

@@ -17,14 +17,17 @@ from esm_stream import budget
 from esm_stream.calibration.sources import GENERIC
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.checkpoints.companions import model_files
+from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.errors import BudgetError
-from esm_stream.methods import factor_method
+from esm_stream.methods import elementwise_method, factor_method
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import ChainPlan, Matrix, Task, digest, topological
 from esm_stream.planning.treatments import Treatments
 from esm_stream.write.shards import ShardLayout
 
 GROUP_BYTES = 256 << 20
+# Base tensors of one measuring task: its sums are kept, whatever it goes over.
+MEASURE_BYTES = 4 << 30
 # Widest intermediate of a block in units of one float32 per token and feature of its widest matrix:
 # gate, up, their product, attention's q, k, v and output, norms.
 ACTIVATION_BUFFERS = 8
@@ -50,7 +53,7 @@ class TaskBuilder:
 
     def build(self) -> dict[str, Task]:
         """All tasks, each after those it depends on."""
-        tasks = [*self._forward_stages(), *self._merges()]
+        tasks = [*self._forward_stages(), *self._measures(), *self._merges()]
         tasks += self._scales()
         tasks += self._writes()
         return topological([*tasks, self._finish(tasks)])
@@ -178,6 +181,82 @@ class TaskBuilder:
             + max(activations, factoring)
         )
 
+    # Statistics ------------------------------------------------------------------------------
+
+    def _measures(self) -> Iterator[Task]:
+        """Sweeps over all tensors of a population, one after the other, each with its total."""
+        for population, choice in self._treatments.populations.items():
+            names = [
+                plan.name
+                for plan in self._treatments.tensors.values()
+                if plan.population == population
+            ]
+            groups = list(_groups(names, self._opened.base.tensors, MEASURE_BYTES))
+            before: tuple[str, ...] = ()
+            for sweep in range(elementwise_method(choice).sweeps):
+                keys = []
+                for number, group in enumerate(groups):
+                    key = f"measure/{population}/{sweep}/{number:04d}"
+                    yield self._measure(key, population, sweep, group, before)
+                    keys.append(key)
+                total = f"total/{population}/{sweep}"
+                yield self._task(
+                    total,
+                    "total",
+                    after=tuple(keys),
+                    identity=[choice.name],
+                    writes=(f"statistics/{total}.safetensors",),
+                    peak_bytes=budget.TASK_OVERHEAD + 2 * self._sums_bytes(),
+                    subject=population,
+                    sweep=sweep,
+                )
+                before = (*before, total)
+
+    def _measure(
+        self,
+        key: str,
+        population: str,
+        sweep: int,
+        names: Sequence[str],
+        before: tuple[str, ...],
+    ) -> Task:
+        everyone = [self._opened.base, *self._opened.experts.values()]
+        return self._task(
+            key,
+            "measure",
+            after=before,
+            identity=[
+                self._treatments.populations[population],
+                list(self._opened.experts),
+                sweep,
+                list(names),
+                [c.identity(n) for c in everyone for n in names],
+            ],
+            reads=tuple(names),
+            writes=(f"statistics/{key}.safetensors",),
+            read_bytes=sum(_sizes(c, names) for c in everyone),
+            write_bytes=self._sums_bytes(),
+            kept_bytes=self._sums_bytes(),
+            peak_bytes=budget.TASK_OVERHEAD + self._panel_bytes(names) + 3 * self._sums_bytes(),
+            subject=population,
+            tensors=tuple(names),
+            sweep=sweep,
+        )
+
+    def _sums_bytes(self) -> int:
+        """Sums of one sweep: at most two histograms per expert."""
+        return 2 * self._num_experts * budget.HISTOGRAM_BYTES
+
+    def _panel_bytes(self, names: Iterable[str]) -> int:
+        """Panels of an elementwise method: base, updates, temporaries, rows of any length."""
+        columns = max((self._opened.base.tensors[n].columns for n in names), default=1)
+        return (
+            8
+            * (self._num_experts + 1)
+            * budget.F64
+            * max(budget.panel_elements(self._num_experts), columns)
+        )
+
     # Merge -----------------------------------------------------------------------------------
 
     def _merges(self) -> Iterator[Task]:
@@ -203,6 +282,7 @@ class TaskBuilder:
             identity = [
                 [c.identity(n) for c in everyone for n in names],
                 _method_identity(m, "factor", self._num_experts),
+                m.method.weights,
             ]
         return self._task(
             self._update_keys[m.name],
@@ -251,7 +331,7 @@ class TaskBuilder:
     def _writes(self) -> Iterator[Task]:
         for layout in self._layouts:
             keys = []
-            for number, names in enumerate(_groups(layout)):
+            for number, names in enumerate(_groups(layout.tensors, layout.tensors, GROUP_BYTES)):
                 task = self._write(f"write/{layout.file_name}/{number:04d}", layout, names)
                 keys.append(task.key)
                 yield task
@@ -274,6 +354,13 @@ class TaskBuilder:
             read += self._opened.base.tensors[plan.name].nbytes
             identity.append([plan.name, plan.treatment, plan.alpha])
             identity.append(self._opened.base.identity(plan.name))
+            if plan.population:
+                sweeps = elementwise_method(self._treatments.populations[plan.population]).sweeps
+                totals = [f"total/{plan.population}/{sweep}" for sweep in range(sweeps)]
+                after += totals
+                depends += totals
+            if plan.treatment == "copy" and plan.source:
+                identity.append(self._opened.experts[plan.source].identity(plan.name))
             if plan.treatment == "factors":
                 matrix = self._treatments.matrices[str(plan.matrix)]
                 merge, scale = self._update_keys[matrix.name], f"scale/{matrix.group}"
@@ -407,16 +494,18 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
         )
 
 
-def _groups(layout: ShardLayout) -> Iterator[list[str]]:
-    """Consecutive tensors of a shard, about GROUP_BYTES together."""
+def _groups(
+    names: Iterable[str], tensors: Mapping[str, TensorInfo], limit_bytes: int
+) -> Iterator[list[str]]:
+    """Consecutive tensors, about `limit_bytes` together."""
     group: list[str] = []
     size = 0
-    for name, info in layout.tensors.items():
-        if group and size + info.nbytes > GROUP_BYTES:
+    for name in names:
+        if group and size + tensors[name].nbytes > limit_bytes:
             yield group
             group, size = [], 0
         group.append(name)
-        size += info.nbytes
+        size += tensors[name].nbytes
     if group:
         yield group
 

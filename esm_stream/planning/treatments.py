@@ -8,8 +8,9 @@ that the profile says not to merge are copied; the method's own matrices go to i
 `other_matrices`; everything else is averaged.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.names import (
@@ -19,15 +20,23 @@ from esm_stream.checkpoints.names import (
     kind_of,
     matcher,
     role_of,
+    stack_of,
 )
 from esm_stream.errors import ManifestError
-from esm_stream.manifest import Rule
-from esm_stream.methods import create, factor_method, is_factor_method
-from esm_stream.methods.contract import ElementwiseMethod, FactorMethod
+from esm_stream.manifest import Graded, Rule
+from esm_stream.methods import (
+    at_depth,
+    create,
+    factor_method,
+    interpolated,
+    is_factor_method,
+    method_class,
+)
+from esm_stream.methods.contract import AnyMethod, ElementwiseMethod
 from esm_stream.methods.esm import Esm
 from esm_stream.methods.profiles import Profile, default_alpha
 from esm_stream.planning.opening import Opened
-from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan
+from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan, digest
 
 _FUSED_KINDS = ("q", "k", "v")
 # A gated MLP has two up-projections: profiles that name "up" mean both.
@@ -54,6 +63,25 @@ class _Choice:
     fuse: bool = False
 
 
+class Depths:
+    """How deep in the model a tensor lies: 0 in the first block, 1 in the last."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._blocks: dict[str, int] = {}
+        for name in names:
+            block = block_of(name)
+            if block is not None:
+                stack = stack_of(name)
+                self._blocks[stack] = max(block + 1, self._blocks.get(stack, 0))
+
+    def of(self, name: str) -> float:
+        """Depth of a tensor; 0 outside the blocks, 1 in a stack of one block."""
+        block, blocks = block_of(name), self._blocks.get(stack_of(name), 0)
+        if block is None:
+            return 0.0
+        return block / (blocks - 1) if blocks > 1 else 1.0
+
+
 class Treatments:
     """All tensors and matrices of one merge."""
 
@@ -62,23 +90,40 @@ class Treatments:
         self.observed = observed_tensors(opened)
         self.tensors: dict[str, TensorPlan] = {}
         self.matrices: dict[str, Matrix] = {}
+        self.populations: dict[str, MethodChoice] = {}
         self._num_experts = len(opened.experts)
-        merge = opened.manifest.merge
-        self._main = MethodChoice(merge.method, merge.options, opened.modality)
-        method = self._method(self._main)
+        self._depths = Depths(opened.base.tensors)
+        self._merge = opened.manifest.merge
+        method = self._method(self._chosen(self._merge.method, self._merge.options, {}, 0.0))
         self.profile: Profile | None = method.profile if isinstance(method, Esm) else None
-        self.alpha = self._alpha(merge.alpha)
         self._copied = matcher(self.profile.copy_from_base if self.profile else ())
         self._decide()
 
-    def _method(self, choice: MethodChoice) -> ElementwiseMethod | FactorMethod:
+    def _method(self, choice: MethodChoice) -> AnyMethod:
         return create(choice.name, choice.options, choice.modality)
 
-    def _alpha(self, alpha: float | str) -> float:
+    def _chosen(
+        self, name: str, options: Mapping[str, Any], weights: Mapping[str, Graded], depth: float
+    ) -> MethodChoice:
+        """A method with the options and weights that it has at one depth."""
+        given = {**self._merge.weights, **weights}
+        found = tuple(
+            _number(interpolated(given.get(expert, 1.0), depth)) for expert in self.opened.experts
+        )
+        return MethodChoice(name, at_depth(name, options, depth), self.opened.modality, found)
+
+    def _main(self, info: TensorInfo, rule: Rule | None) -> MethodChoice:
+        """The merge's method for one tensor."""
+        weights = rule.weights if rule else {}
+        depth = self._depths.of(info.name)
+        return self._chosen(self._merge.method, self._merge.options, weights, depth)
+
+    def _alpha(self, name: str, alpha: Graded | str) -> float:
+        """Coefficient of one tensor that the merge's method is for."""
         if not isinstance(alpha, str):
-            return float(alpha)
+            return _number(interpolated(alpha, self._depths.of(name)))
         if self.profile is None:
-            return 1.0
+            return getattr(method_class(self._merge.method), "default_alpha", 1.0)
         return default_alpha(self.opened.modality, self._num_experts, self.profile.factor)
 
     def _decide(self) -> None:
@@ -94,17 +139,13 @@ class Treatments:
                 )
             else:
                 choice = self._choose(info)
-                if choice is None:
-                    self.tensors[name] = TensorPlan(
-                        name, "copy", why="a rule or the profile says base"
-                    )
+                if isinstance(choice, TensorPlan):
+                    self.tensors[name] = choice
                 elif is_factor_method(self._method(choice.method)):
                     waiting.append((info, choice))
                     self.tensors[name] = TensorPlan(name, "factors", choice.alpha, why=choice.why)
                 else:
-                    self.tensors[name] = TensorPlan(
-                        name, "elementwise", choice.alpha, choice.method, why=choice.why
-                    )
+                    self.tensors[name] = self._elementwise(name, choice)
         for group in _fused(waiting, self.observed):
             self._require_alike(group)
             matrix = self._matrix(group)
@@ -114,6 +155,23 @@ class Treatments:
                 self.tensors[part.tensor] = TensorPlan(
                     part.tensor, "factors", matrix.alpha, matrix.method, matrix.name, plan.why
                 )
+
+    def _elementwise(self, name: str, choice: _Choice) -> TensorPlan:
+        """A tensor merged panel by panel, with the tensors it shares statistics with."""
+        method = self._method(choice.method)
+        assert isinstance(method, ElementwiseMethod)
+        population = ""
+        if method.sweeps and method.scope == "model":
+            population = f"{choice.method.name}-{digest(asdict(choice.method))[:12]}"
+            self.populations[population] = choice.method
+        return TensorPlan(
+            name,
+            "elementwise",
+            choice.alpha,
+            choice.method,
+            why=choice.why,
+            population=population,
+        )
 
     def _require_alike(self, group: list[tuple[TensorInfo, _Choice]]) -> None:
         """Parts of one matrix get one treatment.
@@ -146,69 +204,74 @@ class Treatments:
         manifest = self.opened.manifest
         names = {n for c in (self.opened.base, *self.opened.experts.values()) for n in c.tensors}
         patterns = [("[base] skip", pattern) for pattern in manifest.base.skip]
-        patterns += [("rule", rule.tensors) for rule in manifest.merge.rules]
-        return [
+        notes = [
             f"{what} '{pattern}' matches no tensor"
             for what, pattern in patterns
             if not any(compile_pattern(pattern).fullmatch(name) for name in names)
         ]
+        return notes + [
+            f"{rule.place} matches no tensor"
+            for rule in manifest.merge.rules
+            if not any(rule_matches(rule, name) for name in names)
+        ]
 
-    def _choose(self, info: TensorInfo) -> _Choice | None:
-        """Method and alpha of one float tensor; None to copy the base's."""
+    def _choose(self, info: TensorInfo) -> _Choice | TensorPlan:
+        """Method and alpha of one float tensor, or the plan of one that is copied."""
         rule = self._rule(info.name)
+        if rule is not None and rule.method in ("base", "expert"):
+            return TensorPlan(info.name, "copy", why=rule.place, source=rule.expert or "")
         if rule is not None and rule.method is not None:
             return self._by_rule(info, rule)
         if self._copied(info.name):
-            return None
-        choice = self._by_default(info)
+            return TensorPlan(info.name, "copy", why="the profile says base")
+        choice = self._by_default(info, rule)
         if rule is not None and rule.alpha is not None:
-            return _Choice(choice.method, rule.alpha, choice.why, choice.fuse)
+            return replace(choice, alpha=self._alpha(info.name, rule.alpha))
         return choice
 
     def _rule(self, name: str) -> Rule | None:
         rules = self.opened.manifest.merge.rules
-        return next((r for r in rules if compile_pattern(r.tensors).fullmatch(name)), None)
+        return next((rule for rule in rules if rule_matches(rule, name)), None)
 
-    def _by_rule(self, info: TensorInfo, rule: Rule) -> _Choice | None:
-        if rule.method == "base":
-            return None
-        choice = MethodChoice(str(rule.method), rule.options, self.opened.modality)
+    def _by_rule(self, info: TensorInfo, rule: Rule) -> _Choice:
+        depth = self._depths.of(info.name)
+        choice = self._chosen(str(rule.method), rule.options, rule.weights, depth)
         method = self._method(choice)
         if is_factor_method(method):
             if info.ndim != 2:
                 raise ManifestError(
-                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}' of "
+                    f"{rule.place} asks for '{rule.method}' on tensor '{info.name}' of "
                     f"shape {info.shape}; this method merges matrices only"
                 )
             if method.uses_moments and info.name not in self.observed:
                 raise ManifestError(
-                    f"rule '{rule.tensors}' asks for '{rule.method}' on tensor '{info.name}', "
+                    f"{rule.place} asks for '{rule.method}' on tensor '{info.name}', "
                     'whose inputs cannot be observed; set options = { decomposition = "svd" }'
                 )
-        alpha = self.alpha if choice == self._main else 1.0
-        return _Choice(
-            choice, alpha if rule.alpha is None else rule.alpha, f"rule '{rule.tensors}'"
-        )
+        same = (rule.method, rule.options) == (self._merge.method, self._merge.options)
+        alpha = rule.alpha if rule.alpha is not None else self._merge.alpha if same else 1.0
+        return _Choice(choice, self._alpha(info.name, alpha), rule.place)
 
-    def _by_default(self, info: TensorInfo) -> _Choice:
+    def _by_default(self, info: TensorInfo, rule: Rule | None) -> _Choice:
         """The main method where it applies, else `other_matrices` or the average."""
-        average = MethodChoice("average", {}, self.opened.modality)
+        weights, depth = rule.weights if rule else {}, self._depths.of(info.name)
+        main, alpha = self._main(info, rule), self._alpha(info.name, self._merge.alpha)
+        average = self._chosen("average", {}, weights, depth)
         if self.profile is None:
-            main = self._method(self._main)
-            if not is_factor_method(main) or info.ndim == 2:
-                return _Choice(self._main, self.alpha, "the method")
+            if not is_factor_method(self._method(main)) or info.ndim == 2:
+                return _Choice(main, alpha, "the method")
             return _Choice(average, 1.0, f"{info.ndim}-dimensional")
         if self._is_target(info, self.profile):
-            return _Choice(self._main, self.alpha, "target", fuse=self.profile.fuse_qkv)
-        alpha = self.alpha if self.profile.alpha_on == "all" else 1.0
+            return _Choice(main, alpha, "target", fuse=self.profile.fuse_qkv)
+        alpha = alpha if self.profile.alpha_on == "all" else 1.0
         if info.ndim == 2 and self.profile.other_matrices == "tsv":
             tsv = {"mean_singular_factor": self.profile.other_mean_singular_factor}
-            choice = MethodChoice("tsv_m", tsv, self.opened.modality)
+            choice = self._chosen("tsv_m", tsv, weights, depth)
             return _Choice(choice, alpha, self._why_other(info))
         return _Choice(average, alpha, self._why_other(info))
 
     def _is_target(self, info: TensorInfo, profile: Profile) -> bool:
-        method = self._method(self._main)
+        method = self._method(self._main(info, None))
         assert isinstance(method, Esm)
         if info.ndim != 2:
             return False
@@ -260,6 +323,18 @@ class Treatments:
             moment=moment,  # type: ignore[arg-type]
             leader=leader,
         )
+
+
+def rule_matches(rule: Rule, name: str) -> bool:
+    """Whether a rule is for a tensor."""
+    if rule.kinds and kind_of(name) not in rule.kinds:
+        return False
+    return compile_pattern(rule.tensors).fullmatch(name) is not None
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 def observed_tensors(opened: Opened) -> dict[str, Seen]:

@@ -53,9 +53,10 @@ def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
 
 def _factored(context: Context, matrix: Matrix, method: FactorMethod) -> Iterator[Factors]:
     """Factors made here from base and experts, one expert at a time, rounded as stored ones are."""
-    for expert in context.plan.expert_names:
+    for expert, weight in zip(context.plan.expert_names, matrix.method.weights, strict=True):
         check()
-        factors = method.factor(context.update(expert, matrix), None, len(context.plan.experts))
+        update_OI = context.update(expert, matrix).mul_(weight)
+        factors = method.factor(update_OI, None, len(context.plan.experts))
         yield Factors(
             factors.basis_OK.float(), factors.coordinates_KI.float(), factors.spectrum, factors.norm
         )

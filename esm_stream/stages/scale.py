@@ -11,7 +11,8 @@ def run(context: Context) -> TaskResult:
     """Scales of all matrices of one group, from the norms of pass 1."""
     names = context.task.tensors
     norms = {name: context.directory.results(f"merge/{name}")["norm"] for name in names}
-    return TaskResult(values={"scales": layer_scales(norms, _exponent(context.plan))})
+    exponent = _exponent(context.plan)
+    return TaskResult(values={"scales": layer_scales(norms, exponent)})
 
 
 def _exponent(plan: Plan) -> float:

@@ -6,6 +6,7 @@ Peak:  a few panels of PANEL_BYTES, whatever the number of experts and the size 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,9 @@ from torch import Tensor
 from esm_stream.budget import PANEL_BYTES
 from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Plan, TensorPlan
-from esm_stream.stages.context import (
-    BASE,
-    Context,
-    TaskResult,
-    checkpoint_at,
-    require_finite,
-)
+from esm_stream.stages.context import BASE, Context, TaskResult, checkpoint_at
+from esm_stream.stages.measure import facts_of_population
+from esm_stream.stages.panels import Panels, facts_of_tensor
 from esm_stream.stages.scale import scale_of
 from esm_stream.stopping import check
 from esm_stream.store.work import Output
@@ -55,52 +52,67 @@ def run_seal(context: Context) -> TaskResult:
 def _write_tensor(
     context: Context, plan: TensorPlan, layout: ShardLayout, writer: ShardWriter
 ) -> None:
-    info = context.reader(BASE).checkpoint.tensors[plan.name]
-    if not info.kind.is_float:
-        _copy(context, plan.name, writer)
+    stored = context.reader(plan.source or BASE).checkpoint.tensors[plan.name]
+    target = layout.tensors[plan.name]
+    if not target.kind.is_float or (plan.treatment == "copy" and stored.kind == target.kind):
+        _copy(context, plan, writer)
         return
-    dtype: torch.dtype = getattr(torch, str(layout.tensors[plan.name].kind.torch_name))
-    rows = max(1, PANEL_BYTES // max(info.row_nbytes, 1)) if info.num_rows else 1
-    for start in range(0, info.num_rows, rows):
+    merge = _merged_panels if plan.treatment == "elementwise" else _merged_rows
+    dtype: torch.dtype = getattr(torch, str(target.kind.torch_name))
+    size = target.kind.bits // 8
+    for first, merged in merge(context, plan):
         check()
-        stop = min(start + rows, info.num_rows)
-        base = context.reader(BASE).rows(plan.name, start, stop)
+        data = merged.to(dtype).contiguous().view(-1).view(torch.uint8)
+        writer.write_bytes(plan.name, first * size, data)
+
+
+def _merged_panels(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
+    """Elements of a tensor merged by an elementwise method, rounded once by the caller."""
+    assert plan.method is not None
+    method = elementwise_method(plan.method)
+    panels = Panels(context, plan.name, plan.method, method.whole_rows)
+    known: list[Any] = (
+        facts_of_population(context, plan.population, method.sweeps)
+        if plan.population
+        else facts_of_tensor(panels, method, check)
+    )
+    for panel in panels:
+        yield panel.first, added(panel.base_N, method.merge(panel, known), plan.alpha)
+
+
+def _merged_rows(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a copied tensor, or of one whose merged update is in the store."""
+    reader = context.reader(plan.source or BASE)
+    stored = reader.checkpoint.tensors[plan.name]
+    rows = max(1, PANEL_BYTES // max(stored.row_nbytes, 1))
+    for start in range(0, stored.num_rows, rows):
+        stop = min(start + rows, stored.num_rows)
+        base = reader.rows(plan.name, start, stop)
         # float64 weights keep their precision; everything else is computed in float32.
         wide = base.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
-        merged = _merged_rows(context, plan, wide, start, stop)
-        writer.write_rows(plan.name, start, merged.to(dtype).contiguous())
-
-
-def _merged_rows(context: Context, plan: TensorPlan, base: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of the merged tensor, rounded once by the caller; base rows where the update is zero."""
-    if plan.treatment == "copy":
-        return base
-    if plan.treatment == "factors":
+        first = start * (stored.numel // stored.num_rows)
+        if plan.treatment == "copy":
+            yield first, wide
+            continue
         matrix = context.plan.matrices[str(plan.matrix)]
         update = context.store.read_update(plan.name, start, stop)
-        coefficient = plan.alpha * scale_of(context, matrix)
-    else:
-        assert plan.method is not None
-        method = elementwise_method(plan.method)
-        update = method.merge(_updates(context, plan.name, base, start, stop))
-        coefficient = plan.alpha
-    update = update.to(base.dtype).mul_(coefficient)
-    # -0.0 + 0.0 is +0.0: a tensor that nobody tuned keeps the base's bytes.
-    return torch.where(update == 0, base, base + update)
+        yield first, added(wide, update.to(wide.dtype), plan.alpha * scale_of(context, matrix))
 
 
-def _updates(context: Context, name: str, base: Tensor, start: int, stop: int) -> Iterator[Tensor]:
-    """The experts' updates of some rows, one after the other."""
-    for expert in context.plan.expert_names:
-        difference = context.reader(expert).rows(name, start, stop).to(base.dtype) - base
-        require_finite(difference, name, expert, base)
-        yield difference
+def added(base: Tensor, update: Tensor, coefficient: float) -> Tensor:
+    """Sum of base and coefficient * update; overwrites the update.
+
+    Where the update is zero the base's bits stay, -0.0 included: x - 0.0 is x for every x, and
+    adding 0.0 turns zeros of either sign into +0.0.
+    """
+    return torch.sub(base, update.mul_(-coefficient).add_(0.0))
 
 
-def _copy(context: Context, name: str, writer: ShardWriter) -> None:
-    """Copy the base's tensor byte by byte; the run has made sure that experts agree with it."""
-    base = context.reader(BASE)
-    size = base.checkpoint.tensors[name].nbytes
+def _copy(context: Context, plan: TensorPlan, writer: ShardWriter) -> None:
+    """Copy a tensor byte by byte; the run has made sure that experts agree where they have to."""
+    reader = context.reader(plan.source or BASE)
+    size = reader.checkpoint.tensors[plan.name].nbytes
     for start in range(0, size, PANEL_BYTES):
+        check()
         stop = min(start + PANEL_BYTES, size)
-        writer.write_bytes(name, start, base.raw_bytes(name, start, stop))
+        writer.write_bytes(plan.name, start, reader.raw_bytes(plan.name, start, stop))

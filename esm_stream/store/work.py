@@ -18,7 +18,7 @@ import xxhash
 from esm_stream.store.files import fsync_path, write_atomically
 
 SCHEMA: Final = 1
-OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "done")
+OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "statistics", "done")
 OWN_NAMES: Final = {"lock", "plan.json", "plan.json.tmp", "events.jsonl", *OWN_FOLDERS}
 _SAFE: Final = "{},*=+@"
 _HASH_BYTES: Final = 4 << 20
@@ -84,6 +84,11 @@ class WorkDirectory:
     def hidden(self, expert: str, block: int) -> Path:
         """Hidden states of one expert before a block."""
         return self.root / "hidden" / expert / f"{block:04d}.safetensors"
+
+    def statistics(self, key: str) -> Path:
+        """Sums that a measuring task, or the task that adds them up, leaves behind."""
+        *folders, name = map(file_name, key.split("/"))
+        return self.root.joinpath("statistics", *folders, f"{name}.safetensors")
 
     def marker(self, key: str) -> Path:
         """Marker of one task."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from merging import merge
 
 from esm_stream.methods import create
 from esm_stream.methods.contract import FactorMethod, Moment
@@ -79,8 +80,7 @@ def _merge_target(
 
 def _merge_other(updates: Sequence[np.ndarray], options: Mapping[str, object]) -> np.ndarray:
     if updates[0].ndim != 2:
-        average = create("average", {}, "vision")
-        return average.merge(torch.from_numpy(update) for update in updates).numpy()
+        return merge("average", [torch.from_numpy(update) for update in updates]).numpy()
     return _run(create("tsv_m", options, "vision"), updates, [None] * len(updates))
 
 

@@ -290,11 +290,3 @@ def test_tsv_m_adds_experts_that_touch_different_rows_and_columns(seed: int) -> 
     tsv_m = create("tsv_m", {}, "vision")
     factors = [tsv_m.factor(update, None, 3) for update in updates]
     close(tsv_m.combine(factors, (9, 12)).update_OI, updates[0] + updates[1] + updates[2])
-
-
-@given(st.integers(1, 6), SEEDS)
-def test_an_average_is_the_mean_in_float32(num_experts: int, seed: int) -> None:
-    updates = [gaussian(4, 5, seed=seed + t).float() for t in range(num_experts)]
-    found = create("average", {}, "vision").merge(iter(updates))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.stack(updates).mean(dim=0))

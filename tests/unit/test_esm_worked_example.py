@@ -73,18 +73,6 @@ def test_tsv_m_times_the_mean_singular_values() -> None:
     close(scaled.update_OI, mean * plain.update_OI)
 
 
-def test_average() -> None:
-    average = create("average", {}, "language")
-    panels = [torch.tensor(update) for update in UPDATES]
-    assert average.merge(panels).tolist() == [[1.0, 0.5], [0.0, 2.0]]
-    assert panels[0].tolist() == UPDATES[0]
-
-
-def test_average_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one expert"):
-        create("average", {}, "language").merge([])
-
-
 def test_eigenvalue_weights() -> None:
     found = eigenvalue_weights(torch.tensor([16.0, 8.0], dtype=torch.float64), 0.15)
     close(found, torch.tensor([1.051939, 0.948061], dtype=torch.float64))

@@ -98,8 +98,8 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "merge.rules[0]: unknown key 'methods' (did you mean 'method'?)",
         ),
         (
-            "[[merge.rules]]\nmethod = 'base'",
-            "merge.rules[0].tensors: missing; it is required",
+            "[[merge.rules]]\nmethod = 'base'\nkinds = ['queries']",
+            "merge.rules[0].kinds[0]: Input should be 'q', 'k', 'v', ",
         ),
         ("[run]\ndevice = 'tpu'", "run.device: String should match pattern"),
         ("[run]\nmemory = true", "run.memory: "),

@@ -1,0 +1,98 @@
+"""Exact order statistics of |x| over a tensor or a model that is seen in panels.
+
+Two sweeps of histograms: the bits of a positive float32, read as an integer, are in the order of
+the numbers. The first sweep counts the high 13 bits, which finds the bin of each wanted rank; the
+second counts the low 18 bits inside those bins. Sums of counts are exact, so neither panels nor
+their order change the result.
+
+From:  methods that keep the largest or drop the largest (TIES, breadcrumbs, SCE).
+Peak:  64 KiB per row in the first sweep, 2 MiB per row and rank in the second.
+
+Letters: T rows counted apart (experts), N elements of a panel, R ranks wanted of each row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOW_BITS = 18
+_HIGH_BINS = 1 << (31 - _LOW_BITS)
+_LOW_BINS = 1 << _LOW_BITS
+_LOW_MASK = _LOW_BINS - 1
+
+
+def count_high(values_TN: Tensor) -> Tensor:
+    """Histogram of the high bits of |x| per row, int64, shape (T, bins)."""
+    return torch.stack(
+        [torch.bincount(_bits(row_N) >> _LOW_BITS, minlength=_HIGH_BINS) for row_N in values_TN]
+    )
+
+
+def bins_of(counts_TB: Tensor, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Where ranks lie: the bin of each, and its rank among the elements of that bin.
+
+    Args:
+        counts_TB: Sum of `count_high` over everything.
+        ranks: For each row, R ranks in ascending order of |x|, from 0.
+
+    Returns:
+        bins and ranks within them, both int64 of shape (T, R).
+    """
+    wanted_TR = torch.tensor([list(r) for r in ranks], dtype=torch.int64)
+    cumulated_TB = counts_TB.cumsum(1)
+    bins_TR = torch.searchsorted(cumulated_TB, wanted_TR, right=True).clamp(max=_HIGH_BINS - 1)
+    before_TR = (cumulated_TB - counts_TB).gather(1, bins_TR)
+    return bins_TR, wanted_TR - before_TR
+
+
+def count_low(values_TN: Tensor, bins_TR: Tensor) -> Tensor:
+    """Histogram of the low bits of those |x| in the given bins, int64, shape (T, R, low bins)."""
+    counts = np.zeros((*bins_TR.shape, _LOW_BINS), dtype=np.int64)
+    for row_N, bins, into in zip(values_TN, bins_TR.tolist(), counts, strict=True):
+        bits_N = _bits(row_N).numpy()
+        high_N = bits_N >> _LOW_BITS
+        for number, wanted in enumerate(bins):
+            # Few elements lie in one bin: their places first, then their bits.
+            inside = bits_N[np.flatnonzero(high_N == wanted)] & _LOW_MASK
+            np.add.at(into[number], inside, 1)
+    return torch.from_numpy(counts)
+
+
+def values_of(counts_TRB: Tensor, bins_TR: Tensor, ranks_TR: Tensor) -> Tensor:
+    """The |x| of each rank, float32, shape (T, R), from the sum of `count_low`."""
+    cumulated = counts_TRB.cumsum(2)
+    low_TR = torch.searchsorted(cumulated, ranks_TR.unsqueeze(2), right=True).squeeze(2)
+    bits_TR = (bins_TR << _LOW_BITS) | low_TR.clamp(max=_LOW_MASK)
+    return bits_TR.to(torch.int32).view(torch.float32)
+
+
+def values_within_bins(counts_TB: Tensor, bins_TR: Tensor, ranks_TR: Tensor) -> Tensor:
+    """Approximate |x| of each rank after the first sweep alone, linear within its bin."""
+    inside_TR = counts_TB.gather(1, bins_TR).clamp(min=1)
+    low_TR = (ranks_TR * _LOW_BINS) // inside_TR
+    return (
+        ((bins_TR << _LOW_BITS) | low_TR.clamp(max=_LOW_MASK)).to(torch.int32).view(torch.float32)
+    )
+
+
+def keep_at_least(row_N: Tensor, threshold: float) -> Tensor:
+    """Keep x where |x| >= threshold, a float32 number, and 0 elsewhere."""
+    if row_N.dtype == torch.float32:
+        # hardshrink keeps |x| > limit, an order of magnitude faster than a mask.
+        limit = np.nextafter(np.float32(threshold), np.float32(-1))
+        return row_N if threshold <= 0 else torch.hardshrink(row_N, float(limit))
+    return row_N * (row_N.abs().float() >= threshold)
+
+
+def drop_above(row_N: Tensor, threshold: float) -> Tensor:
+    """Keep x where |x| <= threshold, a float32 number, and 0 elsewhere."""
+    if row_N.dtype == torch.float32:
+        return row_N - torch.hardshrink(row_N, threshold)
+    return row_N * (row_N.abs().float() <= threshold)
+
+
+def _bits(row_N: Tensor) -> Tensor:
+    """Bits of |x| in float32 as int32, in the order of |x|."""
+    return row_N.abs().float().view(torch.int32)
