@@ -14,7 +14,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esm_stream.calibration.arguments import HIDDEN, Call, unsupported_value
-from esm_stream.calibration.hooks import Layout, layout_of, observe_inputs
+from esm_stream.calibration.hooks import ObservedMatrix, trace_inputs
 from esm_stream.calibration.skeleton import BlockList, Skeleton, put_tensor
 from esm_stream.errors import UnsupportedModelError
 
@@ -44,18 +44,6 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
-class ObservedMatrix:
-    """A matrix in a block whose input a hook sees.
-
-    `leader` is the module that is observed for it: matrices with one leader share their input.
-    """
-
-    module: str
-    layout: Layout
-    leader: str
-
-
-@dataclass(frozen=True, slots=True)
 class Chain:
     """A model that can be streamed: its blocks run in order, each from the last one's output.
 
@@ -70,7 +58,6 @@ class Chain:
     tokens: int
     stem: tuple[str, ...]
     matrices: tuple[tuple[ObservedMatrix, ...], ...]
-    silent: tuple[str, ...] = field(default=())
 
 
 class _FinishedError(Exception):
@@ -97,10 +84,10 @@ def plan_chain(skeleton: Skeleton, inputs: Mapping[str, Tensor] | None) -> Chain
     noisy = record_calls(model, blocks, dummy, wrap, perturb=True)
     for index, (call, other) in enumerate(zip(recording.calls, noisy.calls, strict=True)):
         _require_chain(blocks.name(index), call, other)
-    matrices, silent = _observe_all(blocks, recording, wrap)
+    matrices = _observe_all(blocks, recording, wrap)
     tokens, width = recording.hidden.shape[-2:]
     stem = tuple(_tensors_outside(model, blocks, recording.modules))
-    return Chain(blocks.prefix, len(blocks.blocks), wrap, width, tokens, stem, matrices, silent)
+    return Chain(blocks.prefix, len(blocks.blocks), wrap, width, tokens, stem, matrices)
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -358,33 +345,25 @@ def _equal(left: Any, right: Any) -> bool:  # noqa: ANN401 - recorded values are
 
 def _observe_all(
     blocks: BlockList, recording: Recording, wrap: Wrap
-) -> tuple[tuple[tuple[ObservedMatrix, ...], ...], tuple[str, ...]]:
+) -> tuple[tuple[ObservedMatrix, ...], ...]:
     """Matrices of every block with their inputs' sharing; blocks of one shape are traced once."""
-    traces: dict[object, tuple[tuple[ObservedMatrix, ...], tuple[str, ...]]] = {}
-    result, silent = [], []
+    traces: dict[object, tuple[ObservedMatrix, ...]] = {}
+    result = []
     for index, block in enumerate(blocks.blocks):
         signature = (type(block), tuple((n, v.shape) for n, v in block.state_dict().items()))
         if signature not in traces:
             traces[signature] = _observe(block, recording.hidden, recording.calls[index], wrap)
-        observed, unseen = traces[signature]
-        result.append(observed)
-        silent += [f"{blocks.name(index)}.{module}" for module in unseen]
-    return tuple(result), tuple(silent)
+        result.append(tuple(matrix.within(blocks.name(index)) for matrix in traces[signature]))
+    return tuple(result)
 
 
 def _observe(
     block: nn.Module, hidden: Tensor, call: Call, wrap: Wrap
-) -> tuple[tuple[ObservedMatrix, ...], tuple[str, ...]]:
+) -> tuple[ObservedMatrix, ...]:
     """Trace one block on the meta device: which matrices are used, and which share an input."""
     twin = copy.deepcopy(block).to("meta")
-    layouts = {n: layout for n, m in twin.named_modules() if (layout := layout_of(m)) is not None}
-    inputs: dict[str, Tensor] = {}
-
-    def remember(name: str, x: Tensor) -> None:
-        inputs.setdefault(name, x)
-
     try:
-        with observe_inputs({n: twin.get_submodule(n) for n in layouts}, remember):
+        with trace_inputs(twin) as observed:
             output = run_call(twin, call, hidden.to("meta"), torch.device("meta"))
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedModelError(
@@ -394,12 +373,7 @@ def _observe(
         raise UnsupportedModelError(
             f"{type(block).__name__} returns a {type(output).__name__}, the model reads a {wrap}"
         )
-    leaders: dict[int, str] = {}
-    observed = tuple(
-        ObservedMatrix(name, layouts[name], leaders.setdefault(id(value), name))
-        for name, value in inputs.items()
-    )
-    return observed, tuple(name for name in layouts if name not in inputs)
+    return tuple(observed.values())
 
 
 def run_call(block: nn.Module, call: Call, hidden: Tensor, device: torch.device) -> Any:  # noqa: ANN401

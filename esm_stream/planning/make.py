@@ -46,7 +46,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         tensors=treatments.tensors,
         tasks=tasks,
         populations=treatments.populations,
-        notes=(*opened.notes, *_silent_notes(opened), *treatments.unused_patterns()),
+        notes=(*opened.notes, *treatments.unused_patterns()),
     )
 
 
@@ -67,10 +67,3 @@ def _tokens_per_sample(opened: Opened) -> int:
     """Tokens of one sample: exact for ready-made inputs and images, an upper bound for texts."""
     assert opened.chain is not None
     return max(longest_sample(opened.manifest), opened.chain.tokens)
-
-
-def _silent_notes(opened: Opened) -> list[str]:
-    if opened.chain is None or not opened.chain.silent:
-        return []
-    names = ", ".join(opened.chain.silent[:8])
-    return [f"no hook sees the inputs of: {names}; they are merged as other matrices"]

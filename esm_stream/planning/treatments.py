@@ -342,15 +342,14 @@ def observed_tensors(opened: Opened) -> dict[str, Seen]:
     if opened.chain is None or opened.skeleton is None:
         return {}
     found = {}
-    for index, block in enumerate(opened.chain.matrices):
-        prefix = f"{opened.chain.prefix}.{index}"
+    for block in opened.chain.matrices:
         users = [matrix.leader for matrix in block]
         for matrix in block:
-            tensor = opened.skeleton.stored.get(f"{prefix}.{matrix.module}.weight")
-            if tensor is not None:
+            tensor = opened.skeleton.stored.get(matrix.parameter)
+            if tensor is not None and matrix.stack is None:
                 found[tensor] = Seen(
-                    f"{prefix}.{matrix.module}",
-                    f"{prefix}.{matrix.leader}",
+                    matrix.key,
+                    matrix.leader,
                     matrix.layout.transposed,
                     users.count(matrix.leader) > 1,
                 )

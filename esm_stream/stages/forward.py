@@ -52,7 +52,7 @@ def run(context: Context) -> TaskResult:
 
 
 def _moment_key(matrix: Matrix) -> str:
-    """Input moments belong to the observed module, maybe shared; shift moments to the matrix."""
+    """Input moments belong to the observed matrix, maybe shared; shift moments to the matrix."""
     return str(matrix.leader) if matrix.moment == "input" else f"shift of {matrix.name}"
 
 
@@ -70,12 +70,12 @@ def _empty_moments(context: Context, matrices: list[Matrix]) -> Moments:
 def _observers(
     matrices: list[Matrix], moments: Moments
 ) -> dict[str, list[Callable[[Tensor], None]]]:
-    """What to call with the input of each observed module."""
+    """What to call with the input of each observed matrix."""
     observers: dict[str, dict[str, Callable[[Tensor], None]]] = {}
     for matrix in matrices:
         key = _moment_key(matrix)
         observers.setdefault(str(matrix.leader), {})[key] = moments[key].add
-    return {module: list(calls.values()) for module, calls in observers.items()}
+    return {key: list(calls.values()) for key, calls in observers.items()}
 
 
 def _run_block(
@@ -86,16 +86,15 @@ def _run_block(
     assert chain is not None
     name = f"{chain.prefix}.{task.block}"
     block = _load_block(context, name)
-    modules = {m: block.get_submodule(m.removeprefix(f"{name}.")) for m in observers}
 
-    def observe(module: str, x: Tensor) -> None:
-        for add in observers[module]:
+    def observe(key: str, x: Tensor) -> None:
+        for add in observers[key]:
             add(x)
 
     calls = load_calls(directory.arguments(task.expert), task.block)
     before = load_batches(directory.hidden(task.expert, task.block))
     after = []
-    with observe_inputs(modules, observe):
+    with observe_inputs(block, observe, observers, name):
         for call, batch in zip(calls, before, strict=True):
             check()
             output = run_call(block, call, batch.pop("hidden").to(context.device), context.device)

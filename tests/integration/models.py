@@ -112,6 +112,7 @@ FUSED = {
         "DeepseekV3Config",
         {
             **ROUTED,
+            "num_key_value_heads": 4,
             "n_routed_experts": 4,
             "n_group": 2,
             "topk_group": 1,

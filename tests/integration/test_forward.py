@@ -11,6 +11,7 @@ from conftest import MakeZoo, PlanOf, merge_here
 from models import (
     BLOCKS,
     FAMILIES,
+    FUSED,
     Zoo,
     build,
     change_tensors,
@@ -61,7 +62,8 @@ class Watched:
         for index, block in enumerate(model.get_submodule(blocks)):
             block.register_forward_pre_hook(self._keep_state(index), with_kwargs=True)
         for name, module in model.named_modules():
-            if type(module).__name__ in ("Linear", "Conv1D"):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and "Embedding" not in str(module):
                 module.register_forward_pre_hook(self._keep_input(name))
         with torch.inference_mode():
             for batch in batches:
@@ -150,18 +152,18 @@ def assert_same_bases(plan: Plan, zoo: Zoo, watched: Watched, expert: str) -> No
         found, results = factors_of(plan, matrix, expert)
         assert results["tokens"] == len(shift)
         assert results["norm"] == pytest.approx(float(update.norm()), rel=1e-6)
-        near = {"rtol": 1e-5, "atol": 3e-7 * float(values[0])}
+        near = {"rtol": 1e-5, "atol": 5e-7 * float(values[0])}
         assert len(found.spectrum) == min(update.shape)
         assert torch.allclose(found.spectrum, values[: len(found.spectrum)], **near)
         basis = found.basis_OK.double()
-        assert basis.shape[1] == min(matrix.outputs // len(zoo.experts), *update.shape)
+        assert basis.shape[1] == min(max(1, matrix.outputs // len(zoo.experts)), *update.shape)
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-6)
         kept = torch.diag(values[: basis.shape[1]])
         assert torch.allclose(basis.T @ moment @ basis, kept, **near)
         assert torch.allclose(found.coordinates_KI.double(), basis.T @ update, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *FUSED])
 def test_streamed_forward_equals_the_plain_model_bit_for_bit(
     name: str, zoo: MakeZoo, plan_of: PlanOf
 ) -> None:
@@ -336,20 +338,6 @@ def test_a_block_that_overflows_is_an_error_that_names_block_and_expert(
                 "num_hidden_layers": 3,
             },
             "AlbertModel|albert",
-        ),
-        (
-            "MixtralForCausalLM",
-            "MixtralConfig",
-            {
-                "vocab_size": 60,
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "num_local_experts": 2,
-            },
-            "cannot be traced without data",
         ),
     ],
 )
