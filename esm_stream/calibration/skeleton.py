@@ -58,13 +58,15 @@ class Skeleton:
 
     `stored` maps the name of a parameter (or persistent buffer) to the checkpoint tensor that holds
     it unchanged, `converted` those that transformers assembles from other tensors at load. Tied
-    names share an entry. `dtypes` has the dtype in which each is used.
+    names share an entry. `dtypes` has the dtype in which each is used. `misfits` says why a
+    parameter cannot be made of the tensors that are there for it.
     """
 
     model: PreTrainedModel
     stored: Mapping[str, str] = field(default_factory=dict)
     converted: Mapping[str, Conversion] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    misfits: Mapping[str, str] = field(default_factory=dict)
 
     def lists(self) -> tuple[BlockList, ...]:
         """Outermost ModuleLists whose children hold parameters."""
@@ -79,7 +81,7 @@ class Skeleton:
         """Checkpoint tensors that a module's parameters and persistent buffers are made of.
 
         Raises:
-            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+            UnsupportedModelError: A parameter has no tensor, or none of its shape.
         """
         return self.tensors_for(self._names(module))
 
@@ -87,7 +89,7 @@ class Skeleton:
         """Checkpoint tensors that parameters and buffers, by full name, are made of.
 
         Raises:
-            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+            UnsupportedModelError: A parameter has no tensor, or none of its shape.
         """
         found: dict[str, None] = {}
         for name in names:
@@ -107,7 +109,7 @@ class Skeleton:
             read: Gives a checkpoint tensor; called once for each.
 
         Raises:
-            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+            UnsupportedModelError: A parameter has no tensor, or none of its shape.
         """
         prefix = f"{module}." if module else ""
         values = self.values(self._names(module), read)
@@ -120,7 +122,7 @@ class Skeleton:
         very tensors that `read` gives.
 
         Raises:
-            UnsupportedModelError: A parameter has no tensor in the checkpoint.
+            UnsupportedModelError: A parameter has no tensor, or none of its shape.
         """
         wanted = tuple(names)
         made: dict[str, Tensor] = {}
@@ -182,6 +184,8 @@ class Skeleton:
 
     def _require_buffer(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")
+        if name in self.misfits:
+            raise UnsupportedModelError(self.misfits[name])
         if leaf in self.model.get_submodule(path)._parameters:
             raise UnsupportedModelError(
                 f"the checkpoint has no tensor for parameter '{name}' of "
@@ -222,8 +226,8 @@ def build_skeleton(root: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) 
         dtype: Default dtype while the model is built (buffers follow it as in `from_pretrained`).
 
     Raises:
-        UnsupportedModelError: Unknown architecture, custom code would be needed, the checkpoint is
-            quantised, or its tensors do not have the shapes that the configuration asks for.
+        UnsupportedModelError: Unknown architecture, custom code would be needed, or the checkpoint
+            is quantised.
     """
     stamp = (root / "config.json").stat() if (root / "config.json").is_file() else None
     key = (stamp.st_size, stamp.st_mtime_ns) if stamp else None
@@ -247,8 +251,8 @@ def _build(
     with _BUILD_LOCK, _on_meta():
         model = architecture._from_config(config, dtype=dtype)
     model.eval()
-    stored, converted = _join(model, dict(shapes))
-    return Skeleton(model, stored, converted, _dtypes(model, dtype))
+    stored, converted, misfits = _join(model, dict(shapes))
+    return Skeleton(model, stored, converted, _dtypes(model, dtype), misfits)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -290,56 +294,78 @@ def _on_meta() -> Generator[None]:
 
 def _join(
     model: PreTrainedModel, shapes: Mapping[str, Shape]
-) -> tuple[dict[str, str], dict[str, Conversion]]:
-    """Map parameters to checkpoint tensors with transformers' own rules for names."""
+) -> tuple[dict[str, str], dict[str, Conversion], dict[str, str]]:
+    """Map parameters to checkpoint tensors with transformers' own rules for names.
+
+    Returns `stored`, `converted` and `misfits` of the skeleton.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    stored, conversions = _renamed(model, state, shapes)
+    misfits = {}
+    for target, name in list(stored.items()):
+        if tuple(state[target].shape) != shapes[name]:
+            misfits[target] = _misfit(model, target, shapes[name], stored.pop(target))
+    converted: dict[str, Conversion] = {}
+    for conversion in conversions:
+        try:
+            made = conversion.trace(model)
+        except UnsupportedModelError as error:
+            misfits[conversion.first] = str(error)
+            continue
+        whole = replace(conversion, targets=tuple(made))
+        for target in made.keys() & state.keys():
+            if state[target].shape == made[target].shape:
+                converted[target] = whole
+            else:
+                misfits[target] = _misfit(model, target, made[target].shape, whole.tensors[0])
+    for name, others in _tied_names(model).items():
+        found = next((n for n in others if n in stored or n in converted), "")
+        if name in stored or name in converted or not found:
+            continue
+        if found in stored:
+            stored[name] = stored[found]
+        else:
+            converted[name] = converted[found]
+    return stored, converted, misfits
+
+
+def _renamed(
+    model: PreTrainedModel, state: dict[str, Tensor], shapes: Mapping[str, Shape]
+) -> tuple[dict[str, str], list[Conversion]]:
+    """Tensors that are a parameter under another name or the same, and those to be converted."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
-    state: dict[str, Tensor] = model.state_dict()
+    prefix = model.base_model_prefix
     stored: dict[str, str] = {}
     waiting: dict[str, list[tuple[str, str]]] = {}
-    prefix = model.base_model_prefix
     # The order decides which slice of a stack a tensor becomes.
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
-        if target not in state:
-            continue
-        if pattern is not None:
+        if target in state and pattern is not None:
             waiting.setdefault(target, []).append((pattern, name))
-        elif stored.setdefault(target, name) == name:
-            _require_shape(model, target, state[target].shape, shapes[name], name)
-    converted: dict[str, Conversion] = {}
-    for first, sources in waiting.items():
-        sizes = tuple(shapes[tensor] for _, tensor in sources)
-        conversion = Conversion(by_pattern[sources[0][0]], first, tuple(sources), sizes)
-        made = conversion.trace(model)
-        for target, value in made.items():
-            if target in state:
-                _require_shape(model, target, state[target].shape, value.shape, sources[0][1])
-        whole = replace(conversion, targets=tuple(made))
-        converted |= dict.fromkeys((target for target in made if target in state), whole)
-    for name, others in _tied_names(model).items():
-        if name not in stored and name not in converted:
-            found = next((n for n in others if n in stored or n in converted), "")
-            if found in stored:
-                stored[name] = stored[found]
-            elif found:
-                converted[name] = converted[found]
-    return stored, converted
-
-
-def _require_shape(
-    model: PreTrainedModel, target: str, expected: Sequence[int], found: Sequence[int], tensor: str
-) -> None:
-    if tuple(expected) != tuple(found):
-        raise UnsupportedModelError(
-            f"tensor '{tensor}' gives parameter '{target}' the shape {tuple(found)}, "
-            f"{type(model).__name__} expects {tuple(expected)}; is config.json the one of this "
-            "checkpoint?"
+        elif target in state:
+            stored.setdefault(target, name)
+    return stored, [
+        Conversion(
+            by_pattern[sources[0][0]],
+            first,
+            tuple(sources),
+            tuple(shapes[tensor] for _, tensor in sources),
         )
+        for first, sources in waiting.items()
+    ]
+
+
+def _misfit(model: PreTrainedModel, target: str, shape: Sequence[int], tensor: str) -> str:
+    expected = tuple(model.state_dict()[target].shape)
+    return (
+        f"tensor '{tensor}' gives parameter '{target}' the shape {tuple(shape)}, "
+        f"{type(model).__name__} expects {expected}; is config.json the one of this checkpoint?"
+    )
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,8 @@ class Experts:
         self.updates = {
             name: [one[name].double() - value for one in tuned] for name, value in self.base.items()
         }
-        stored = build_skeleton(zoo.base, tuple(self.base), torch.float32).stored
+        shapes = {name: tuple(value.shape) for name, value in self.base.items()}
+        stored = build_skeleton(zoo.base, shapes, torch.float32).stored
         watched = [watch(zoo, expert) for expert in zoo.experts]
         self.inputs = {
             stored[f"{module}.weight"]: [torch.cat(w.inputs[module]).double() for w in watched]

@@ -139,7 +139,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(zoo: MakeZoo, tmp_path: Pa
     name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
     change_tensors(found.base, {name.format(i): lambda value: value[:8] for i in range(3)})
     with pytest.raises(UnsupportedModelError, match=r"\.0\.w1.*\(3, 20, 16\).*\(3, 24, 16\)"):
-        skeleton_of(found.base)
+        skeleton_of(found.base).tensors_of("model.layers.0")
 
 
 def test_experts_that_do_not_fit_together_are_refused_by_name(zoo: MakeZoo, tmp_path: Path) -> None:
@@ -147,5 +147,5 @@ def test_experts_that_do_not_fit_together_are_refused_by_name(zoo: MakeZoo, tmp_
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     change_tensors(found.base, {name: lambda value: value[:8]})
     with pytest.raises(UnsupportedModelError, match="cannot be assembled") as error:
-        skeleton_of(found.base)
+        skeleton_of(found.base).tensors_of("model.layers.0")
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in str(error.value)
