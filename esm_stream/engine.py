@@ -1,6 +1,7 @@
 """A merge from a plan to a complete output directory, resumable at every point.
 
-From:  the CLI or a program: `merge(make_plan(load_manifest(path)))`.
+From:  the CLI or a program: `merge(make_plan(load_manifest(path)))`, or `calibrate` for its first
+       stages alone.
 To:    schedule.py, once for the inputs of all experts, once for everything else.
 
 Before any work: the lock, the comparison with what the work directory belongs to, the sweep of what
@@ -16,9 +17,17 @@ from typing import Any
 from esm_stream import stopping
 from esm_stream.budget import format_size
 from esm_stream.checkpoints.reader import TensorReader, equal_bytes
-from esm_stream.errors import BudgetError, ChangedError, InputError
+from esm_stream.errors import BudgetError, ChangedError, InputError, ManifestError
 from esm_stream.events import Event, Listener, broadcast, log_to
-from esm_stream.planning.plan import STAGES, Plan, Task, changed_keys, load_plan
+from esm_stream.planning.plan import (
+    CALIBRATION,
+    STAGES,
+    Plan,
+    Stage,
+    Task,
+    changed_keys,
+    load_plan,
+)
 from esm_stream.schedule import require_scheduler, run_task, run_tasks
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
@@ -32,7 +41,7 @@ from esm_stream.write.shards import PARTIAL_SUFFIX, reserve
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did."""
+    """What a run did; `output` is the merged model, or the work directory that was calibrated."""
 
     output: Path
     tasks_run: int
@@ -61,6 +70,42 @@ def merge(
         EsmStreamError: Lock, changed options, space, bad input, or a failed task; finished work
             is kept and the same call goes on from there.
     """
+    return _run_stages(plan, frozenset(STAGES), scheduler, parallel, restart, listener)
+
+
+def calibrate(
+    plan: Plan,
+    *,
+    scheduler: str = "local",
+    parallel: int = 1,
+    restart: bool = False,
+    listener: Listener = lambda _: None,
+) -> Outcome:
+    """Run what of a plan comes before the merges: samples, forward, factors of every expert.
+
+    Merges with any options that this does not depend on then start from the same work directory.
+
+    Args and errors are those of `merge`; besides:
+
+    Raises:
+        ManifestError: No method of the plan looks at data.
+    """
+    if not any(task.stage in CALIBRATION for task in plan.tasks.values()):
+        raise ManifestError(
+            f"nothing to calibrate: {plan.manifest['merge']['method']} with these options looks at "
+            "weights only; run merge"
+        )
+    return _run_stages(plan, CALIBRATION, scheduler, parallel, restart, listener)
+
+
+def _run_stages(
+    plan: Plan,
+    stages: frozenset[Stage],
+    scheduler: str,
+    parallel: int,
+    restart: bool,
+    listener: Listener,
+) -> Outcome:
     directory = plan.directory
     require_scheduler(scheduler)
     stopping.clear()
@@ -71,19 +116,21 @@ def merge(
         _require_own_output(plan)
         _require_equal_integers(plan)
         directory.sweep()
-        todo = _todo(plan)
+        todo = _todo(plan, stages)
         _require_space(plan, todo)
         write_atomically(directory.plan, plan.dump())
         _lay_out(plan, todo)
         listen = broadcast(log_to(directory.events), listener)
-        keys = [key for key in plan.tasks if key in todo]
-        reused = len(plan.tasks) - len(keys)
+        wanted = [key for key, task in plan.tasks.items() if task.stage in stages]
+        keys = [key for key in wanted if key in todo]
+        reused = len(wanted) - len(keys)
         listen(Event("run_started", data={"reused": reused, "pending": keys}))
         _draw_inputs(plan, [key for key in keys if plan.tasks[key].stage == "inputs"], listen)
         rest = [key for key in keys if plan.tasks[key].stage != "inputs"]
         _run(plan, rest, scheduler, parallel, listen)
-        listen(Event("run_finished", message=str(plan.output)))
-    return Outcome(plan.output, len(todo), len(plan.tasks) - len(todo))
+        filled = plan.output if "finish" in stages else plan.work
+        listen(Event("run_finished", message=str(filled)))
+    return Outcome(filled, len(keys), reused)
 
 
 def _draw_inputs(plan: Plan, keys: list[str], listen: Listener) -> None:
@@ -146,25 +193,42 @@ def remaining(plan: Plan) -> set[str]:
     return tasks_to_run(list(plan.tasks), plan.transient_readers, is_valid, has_transients)
 
 
-def _todo(plan: Plan) -> set[str]:
-    """Tasks to run; their markers are dropped, and so is a complete mark that is not true."""
-    todo = remaining(plan)
+def _todo(plan: Plan, stages: frozenset[Stage]) -> set[str]:
+    """Tasks of some stages to run; their markers go, and so does a complete mark that is not true.
+
+    Markers of tasks that the plan does not know go too. Those of calibrations stay if this plan
+    has none itself: what they speak of is not touched, and the next plan may want it.
+    """
+    todo = {key for key in remaining(plan) if plan.tasks[key].stage in stages}
     if any(plan.tasks[key].stage in ("write", "seal", "finish") for key in todo):
         todo.add("finish")
         (plan.output / COMPLETE).unlink(missing_ok=True)
     for key in todo:
         plan.directory.forget(key)
-    done = plan.directory.root / "done"
-    if done.is_dir():
-        known = {plan.directory.marker(key) for key in plan.tasks}
-        for path in done.rglob("*.json"):
-            if path not in known:
-                path.unlink()
+    known = {plan.directory.marker(key) for key in plan.tasks}
+    kept = CALIBRATION if not _stages_of(plan) & CALIBRATION else frozenset[Stage]()
+    for path in _markers(plan):
+        if path not in known and _stage_of(plan, path) not in kept:
+            path.unlink()
     return todo
 
 
+def _stages_of(plan: Plan) -> set[Stage]:
+    return {task.stage for task in plan.tasks.values()}
+
+
+def _markers(plan: Plan) -> list[Path]:
+    """Files that say which tasks are finished, also those of earlier plans."""
+    return list((plan.directory.root / "done").rglob("*.json"))
+
+
+def _stage_of(plan: Plan, marker: Path) -> str:
+    """Stage of the task of a marker: the first part of its key."""
+    return marker.relative_to(plan.directory.root / "done").parts[0].removesuffix(".json")
+
+
 def _require_same(plan: Plan, *, restart: bool) -> None:
-    """Refuse a work directory that was made with other options.
+    """Refuse a work directory that was made with other options, where they would lose work.
 
     Raises:
         ChangedError: With every key that differs.
@@ -173,17 +237,36 @@ def _require_same(plan: Plan, *, restart: bool) -> None:
     if restart or not path.is_file():
         return
     try:
-        before = json.loads(path.read_bytes())["manifest"]
+        document = json.loads(path.read_bytes())
+        before, output = document["manifest"], Path(document["output"])
     except (ValueError, KeyError, TypeError) as error:
         raise ChangedError(f"{path}: damaged; run again with --restart") from error
     lines = changed_keys(before, plan.manifest)
-    if lines:
+    if lines and not _is_free(plan, output):
         raise ChangedError(
             f"{plan.work} belongs to a merge with other options:\n  "
             + "\n  ".join(lines)
             + "\nRun with --restart to continue with the new options (what they do not touch is "
             "kept), or choose another [run] work."
         )
+
+
+def _is_free(plan: Plan, last_output: Path) -> bool:
+    """Whether other options lose nothing that was done in a work directory.
+
+    So it is when all calibration that this plan needs is there, and the merge that the directory
+    was last used for has either not begun, or is complete in an output directory of its own.
+    """
+    stages = _stages_of(plan)
+    if not stages & CALIBRATION or stages_left(plan) & CALIBRATION:
+        return False
+    begun = any(_stage_of(plan, path) not in CALIBRATION for path in _markers(plan))
+    return not begun or (plan.directory.read("finish") is not None and plan.output != last_output)
+
+
+def stages_left(plan: Plan) -> set[Stage]:
+    """Stages with a task that is still to be run."""
+    return {plan.tasks[key].stage for key in remaining(plan)}
 
 
 def _require_own_output(plan: Plan) -> None:
@@ -340,6 +423,17 @@ class Progress:
     holder: str | None
 
     @property
+    def calibrated(self) -> bool:
+        """Whether all that comes before the merges is done, and there is any."""
+        found = [stage for stage in self.stages if stage.name in CALIBRATION]
+        return bool(found) and all(stage.done == stage.tasks for stage in found)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a merge has been begun."""
+        return any(stage.done for stage in self.stages if stage.name not in CALIBRATION)
+
+    @property
     def complete(self) -> bool:
         """Whether every task is done."""
         return all(stage.done == stage.tasks for stage in self.stages)
@@ -348,6 +442,7 @@ class Progress:
         """JSON-like values."""
         return {
             "output": str(self.output),
+            "calibrated": self.calibrated,
             "complete": self.complete,
             "running": self.holder,
             "stages": [asdict(stage) for stage in self.stages],

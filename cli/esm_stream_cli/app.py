@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from esm_stream import __version__
-from esm_stream_cli import demo, merge, plan, schema, status
+from esm_stream_cli import calibrate, demo, merge, plan, schema, status
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 manifest, 4 inputs, 5 model "
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("merge")(merge.merge)
+app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("demo")(demo.demo)

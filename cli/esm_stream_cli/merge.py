@@ -7,16 +7,20 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from esm_stream_cli.failing import clear_errors
 from esm_stream_cli.overrides import (
     Device,
+    JsonEvents,
     ManifestPath,
     Memory,
     Parallel,
+    Quiet,
+    Restart,
+    Scheduler,
     Work,
     read_manifest,
     require_device,
@@ -35,24 +39,10 @@ def merge(
     device: Device = None,
     work: Work = None,
     parallel: Parallel = None,
-    scheduler: Annotated[
-        str,
-        typer.Option(
-            help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a file."
-        ),
-    ] = "local",
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            help="Accept options other than the work directory was made with; what they do not "
-            "touch is kept.",
-        ),
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print events as JSON lines on standard output.")
-    ] = False,
+    scheduler: Scheduler = "local",
+    restart: Restart = False,
+    quiet: Quiet = False,
+    as_json: JsonEvents = False,
 ) -> None:
     """Merge the experts of a manifest into one model.
 
@@ -72,19 +62,23 @@ def merge(
 def run(
     loaded: "Manifest",
     *,
+    calibration_only: bool = False,
     scheduler: str = "local",
     restart: bool = False,
     quiet: bool = False,
     as_json: bool = False,
 ) -> "Outcome":
-    """Plan and run a loaded manifest, shown on the terminal."""
+    """Plan and run a loaded manifest, or its calibration, shown on the terminal."""
     from esm_stream import engine
     from esm_stream.planning.make import make_plan
+    from esm_stream.planning.plan import CALIBRATION, STAGES
     from esm_stream_cli.progress import shown
 
     made = make_plan(loaded)
-    with stop_on_signals(), shown(made, quiet=quiet, as_json=as_json) as listener:
-        return engine.merge(
+    action = engine.calibrate if calibration_only else engine.merge
+    stages = CALIBRATION if calibration_only else STAGES
+    with stop_on_signals(), shown(made, stages, quiet=quiet, as_json=as_json) as listener:
+        return action(
             made,
             scheduler=scheduler,
             parallel=loaded.run.parallel,

@@ -1,4 +1,4 @@
-"""Options of the command line that stand over keys of the manifest's [run] section."""
+"""Options that several commands share; some stand over keys of the manifest's [run] section."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,23 @@ Work = Annotated[Path | None, typer.Option(help="Work directory.", show_default=
 Parallel = Annotated[
     int | None,
     typer.Option(min=1, help="Tasks at once in this process.", show_default="manifest"),
+]
+
+Scheduler = Annotated[
+    str,
+    typer.Option(help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a file."),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Accept options other than the work directory was made with; what they do not "
+        "touch is kept.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+JsonEvents = Annotated[
+    bool, typer.Option("--json", help="Print events as JSON lines on standard output.")
 ]
 
 

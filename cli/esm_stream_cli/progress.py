@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,21 +29,23 @@ NAMES = {
 
 
 @contextmanager
-def shown(plan: "Plan", *, quiet: bool, as_json: bool) -> Iterator[Listener]:
-    """A listener that shows events in the way that fits; closed on every way out."""
+def shown(
+    plan: "Plan", stages: Collection[str], *, quiet: bool, as_json: bool
+) -> Iterator[Listener]:
+    """A listener that shows events of some stages in the way that fits; closed on every way out."""
     if as_json:
         yield lambda event: typer.echo(event.as_json())
     elif quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with _bars(plan) as listener:
+        with _bars(plan, stages) as listener:
             yield listener
     else:
         yield _lines(plan)
 
 
 @contextmanager
-def _bars(plan: "Plan") -> Iterator[Listener]:
+def _bars(plan: "Plan", stages: Collection[str]) -> Iterator[Listener]:
     """One bar per stage, advancing by the bytes its tasks read and write."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -62,7 +64,7 @@ def _bars(plan: "Plan") -> Iterator[Listener]:
 
         def start(pending: set[str]) -> None:
             for stage, name in NAMES.items():
-                tasks = [t for t in plan.tasks.values() if t.stage == stage]
+                tasks = [t for t in plan.tasks.values() if t.stage == stage and stage in stages]
                 if not tasks:
                     continue
                 done = [t for t in tasks if t.key not in pending]

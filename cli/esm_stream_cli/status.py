@@ -39,5 +39,9 @@ def status(
             typer.echo(f"running: {found.holder}")
         elif found.complete:
             typer.echo("complete; nothing remains to be done")
+        elif found.calibrated and not found.begun:
+            typer.echo(
+                f"calibrated, nothing merged yet; to merge: esm-stream merge {found.manifest}"
+            )
         else:
             typer.echo(f"not running; to go on: esm-stream merge {found.manifest}")

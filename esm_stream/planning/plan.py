@@ -37,6 +37,8 @@ STAGES: Final[tuple[Stage, ...]] = (
     "seal",
     "finish",
 )
+CALIBRATION: Final[frozenset[Stage]] = frozenset({"inputs", "stem", "forward"})
+"""Stages that many merges can start from: everything up to the factors of every expert."""
 
 
 @dataclass(frozen=True, slots=True)
