@@ -9,10 +9,21 @@ from pydantic import ValidationError
 
 from esm_stream.errors import ManifestError
 from esm_stream.methods.average import Average
+from esm_stream.methods.breadcrumbs import Breadcrumbs
+from esm_stream.methods.consensus_ta import ConsensusTa
 from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod
 from esm_stream.methods.dare import Dare
+from esm_stream.methods.della import Della
+from esm_stream.methods.emr import Emr
 from esm_stream.methods.esm import Esm
+from esm_stream.methods.karcher import Karcher
 from esm_stream.methods.linear import Linear
+from esm_stream.methods.model_stock import ModelStock
+from esm_stream.methods.multislerp import Multislerp
+from esm_stream.methods.nuslerp import Nuslerp
+from esm_stream.methods.ram import Ram
+from esm_stream.methods.sce import Sce
+from esm_stream.methods.slerp import Slerp
 from esm_stream.methods.task_arithmetic import TaskArithmetic
 from esm_stream.methods.ties import Ties
 from esm_stream.methods.tsv_m import TsvM
@@ -28,7 +39,27 @@ if TYPE_CHECKING:
 
 MethodClass = type[ElementwiseMethod] | type[SpectralMethod] | type[Esm] | type[TsvM]
 METHODS: dict[str, MethodClass] = {
-    method.name: method for method in (Average, Dare, Esm, Linear, TaskArithmetic, Ties, TsvM)
+    method.name: method
+    for method in (
+        Average,
+        Breadcrumbs,
+        ConsensusTa,
+        Dare,
+        Della,
+        Emr,
+        Esm,
+        Karcher,
+        Linear,
+        ModelStock,
+        Multislerp,
+        Nuslerp,
+        Ram,
+        Sce,
+        Slerp,
+        TaskArithmetic,
+        Ties,
+        TsvM,
+    )
 }
 
 

@@ -17,9 +17,9 @@ SHAPES = [(12, 12), (20, 8), (8, 20)]
 FACTORED = [name for name in available() if is_factor_method(create(name, {}, "vision"))]
 ELEMENTWISE = [name for name in available() if issubclass(METHODS[name], ElementwiseMethod)]
 # The order of experts is part of the definition.
-ORDERED: set[str] = set()
-# Not homogeneous: a constant of the definition is compared with the updates, or the base mixes in.
-NOT_HOMOGENEOUS: set[str] = set()
+ORDERED = {"slerp"}
+# A constant of the definition is compared with the updates, or the base's weights count too.
+NOT_HOMOGENEOUS = {"karcher", "ram", "slerp"}
 
 
 def num_experts(name: str) -> int:

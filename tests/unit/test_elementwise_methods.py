@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from merging import NAME, merge, merge_all
 from torch import Tensor
 
+from esm_stream.errors import ManifestError
 from esm_stream.methods import create
 from esm_stream.methods.chance import words
 from esm_stream.methods.thresholds import (
@@ -192,3 +193,108 @@ def test_dare_can_elect_signs() -> None:
     updates = random(3, (5, 4))
     options = {"density": 1.0, "signs": "elected", "normalize": True}
     near(merge("dare", updates, options=options), merge("ties", updates, options={"density": 1.0}))
+
+
+def test_consensus_worked_example() -> None:
+    near(merge("consensus_ta", EXAMPLE), [0.7, 0.2, 0.1, 0, 0])
+    near(merge("consensus_ta", EXAMPLE, options={"agreement": 0}), sum(EXAMPLE))
+    assert not merge("consensus_ta", EXAMPLE, options={"agreement": 4}).any()
+    near(merge("consensus_ta", EXAMPLE, options={"threshold": 0.0}), sum(EXAMPLE))
+
+
+def test_breadcrumbs_leaves_out_both_ends() -> None:
+    update = torch.arange(1.0, 101.0) * torch.tensor([1.0, -1.0]).repeat(50)
+    found = merge("breadcrumbs", [update], options={"density": 0.5, "gamma": 0.1}, length=17)
+    wanted = torch.where((update.abs() > 40) & (update.abs() <= 90), update, 0.0)
+    assert torch.equal(found, wanted)
+
+
+def test_breadcrumbs_keeps_the_density_when_both_shares_exceed_one() -> None:
+    update = torch.arange(1.0, 101.0)
+    found = merge("breadcrumbs", [update], options={"density": 0.98, "gamma": 0.1})
+    assert torch.equal(found, torch.where(update <= 98, update, 0.0))
+
+
+def test_della_keeps_large_elements_more_often() -> None:
+    update = torch.arange(1.0, 21.0).repeat(4000, 1)
+    options = {"density": 0.5, "epsilon": 0.3, "rescale": "none"}
+    kept = (merge("della", [update], options=options, length=999) != 0).double().mean(dim=0)
+    wanted = torch.linspace(0.2, 0.8, 20, dtype=torch.float64)
+    assert float((kept - wanted).abs().max()) < 0.04
+
+
+def test_della_by_l1_keeps_the_norm_and_unbiased_keeps_the_mean() -> None:
+    update = random(1, (50, 40))
+    found = merge("della", update, length=80)
+    assert float(found.abs().sum() / update[0].abs().sum()) == pytest.approx(1.0)
+    mean = sum(
+        merge("della", update, options={"rescale": "unbiased", "seed": seed}) for seed in range(300)
+    )
+    assert float((mean / 300 - update[0]).norm() / update[0].norm()) < 0.1
+
+
+def test_della_refuses_probabilities_outside_0_and_1() -> None:
+    with pytest.raises(ManifestError, match="have to lie between 0 and 1"):
+        create("della", {"density": 0.9}, "language")
+    assert create("della", {"density": 1.0}, "language")
+
+
+def test_sce_by_hand() -> None:
+    first, second = torch.tensor([3.0, 1.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, 2.0, 0.0])
+    # Energies 11 and 6; the third element elects +, where only the second expert agrees.
+    near(merge("sce", [first, second]), [(11 * 3 + 6) / 17, 1.0, 2.0, 0.0])
+    # Of the two elements that differ, one: the third. Energies 1 and 4, only the second agrees.
+    near(merge("sce", [first, second], options={"select_topk": 0.5}), [0, 0, 2.0, 0])
+
+
+def test_ram_by_hand() -> None:
+    first, second = torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([3.0, 1e-6, -4.0, 0.0])
+    near(merge("ram", [first, second]), [2.0, 2.0, -4.0, 0.0], 1e-5)
+    strengthened = merge("ram", [first, second], options={"gain": 0.5, "gain_limit": 0.2})
+    near(strengthened, [2.0, 2.2, -4.4, 0.0], 1e-5)
+
+
+def test_slerp_worked_example() -> None:
+    updates = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])]
+    near(merge("slerp", updates), [0.707107, 1.414214])
+    near(merge("slerp", updates, options={"t": 0.0}), updates[0])
+    near(merge("slerp", updates, options={"t": 1.0}), updates[1])
+
+
+def test_slerp_interpolates_nearly_parallel_tensors_linearly() -> None:
+    base, update = torch.ones(4), torch.tensor([0.01, 0, 0, 0])
+    near(merge("slerp", [update, -update], base=base, options={"t": 0.25}), update / 2)
+
+
+@given(seed=st.integers(0, 100), share=st.floats(0.1, 0.9))
+def test_karcher_mean_of_two_is_slerp_of_the_directions(seed: int, share: float) -> None:
+    first, second = (w / w.norm() for w in random(2, (6, 3), seed))
+    found = merge("karcher", [first, second], weights=[1 - share, share])
+    near(found, merge("slerp", [first, second], options={"t": share}), 1e-4)
+    scaled = merge("karcher", [3 * first, 5 * second], weights=[1 - share, share])
+    near(scaled, found * (3 * (1 - share) + 5 * share), 1e-4)
+
+
+def test_nuslerp_is_slerp_of_the_updates() -> None:
+    base, updates = random(1, (4, 3), 9)[0], random(2, (4, 3))
+    found = merge("nuslerp", updates, base=base, weights=[1.0, 3.0])
+    near(found, merge("slerp", updates, options={"t": 0.75}))
+
+
+def test_multislerp_of_equal_updates_is_the_update() -> None:
+    update = random(1, (4, 3))[0]
+    near(merge("multislerp", [update, update, update]), update)
+    near(merge("multislerp", [update, -update], weights=[1.0, 1.0]), torch.zeros(4, 3))
+
+
+def test_model_stock_worked_example_and_limits() -> None:
+    updates = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])]
+    near(merge("model_stock", updates), [0.828427, 0.414214])
+    rows = merge("model_stock", [u.unsqueeze(0) for u in updates], options={"filter_wise": True})
+    near(rows, [[0.828427, 0.414214]])
+    near(merge("model_stock", [updates[1]] * 3), updates[1])
+    near(merge("model_stock", [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]), [0.0, 0.0])
+
+
+def test_emr_takes_the_largest_that_agrees() -> None:
+    near(merge("emr", [row[:3] for row in EXAMPLE]), [0.5, 0.2, 0.4])
