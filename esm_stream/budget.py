@@ -91,6 +91,11 @@ def eigh_flops(side: int) -> float:
     return 9.0 * side**3
 
 
+def svd_flops(outputs: int, inputs: int) -> float:
+    """Operations of a thin singular value decomposition with both sides' vectors."""
+    return 14.0 * outputs * inputs * min(outputs, inputs)
+
+
 def moment_bytes(kind: str, outputs: int, inputs: int) -> int:
     """One running second moment, float64, with one float32 product in flight."""
     side = inputs if kind == "input" else outputs

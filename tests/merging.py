@@ -27,6 +27,10 @@ class Streamed:
     updates: Sequence[Tensor]
     weights: Sequence[float]
 
+    @property
+    def device(self) -> torch.device:
+        return self.updates[0].device
+
     def __iter__(self) -> Iterator[Tensor]:
         for update, weight in zip(self.updates, self.weights, strict=True):
             yield update.clone().mul_(weight)

@@ -10,13 +10,19 @@ from pydantic import ValidationError
 from esm_stream.errors import ManifestError
 from esm_stream.methods.average import Average
 from esm_stream.methods.breadcrumbs import Breadcrumbs
+from esm_stream.methods.cart import Cart
 from esm_stream.methods.consensus_ta import ConsensusTa
 from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod
+from esm_stream.methods.core_space import CoreSpace
 from esm_stream.methods.dare import Dare
+from esm_stream.methods.dc_merge import DcMerge
 from esm_stream.methods.della import Della
 from esm_stream.methods.emr import Emr
 from esm_stream.methods.esm import Esm
+from esm_stream.methods.iso_c import IsoC
+from esm_stream.methods.iso_cts import IsoCts
 from esm_stream.methods.karcher import Karcher
+from esm_stream.methods.knots import Knots
 from esm_stream.methods.linear import Linear
 from esm_stream.methods.model_stock import ModelStock
 from esm_stream.methods.multislerp import Multislerp
@@ -27,6 +33,7 @@ from esm_stream.methods.slerp import Slerp
 from esm_stream.methods.task_arithmetic import TaskArithmetic
 from esm_stream.methods.ties import Ties
 from esm_stream.methods.tsv_m import TsvM
+from esm_stream.methods.wudi import Wudi, WudiClosed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,12 +50,18 @@ METHODS: dict[str, MethodClass] = {
     for method in (
         Average,
         Breadcrumbs,
+        Cart,
         ConsensusTa,
+        CoreSpace,
         Dare,
+        DcMerge,
         Della,
         Emr,
         Esm,
+        IsoC,
+        IsoCts,
         Karcher,
+        Knots,
         Linear,
         ModelStock,
         Multislerp,
@@ -59,6 +72,8 @@ METHODS: dict[str, MethodClass] = {
         TaskArithmetic,
         Ties,
         TsvM,
+        Wudi,
+        WudiClosed,
     )
 }
 
@@ -126,6 +141,21 @@ def create(name: str, options: Mapping[str, object], modality: Modality) -> AnyM
 def is_factor_method(method: AnyMethod) -> TypeGuard[FactorMethod]:
     """Whether a method merges one matrix at a time from thin factors."""
     return hasattr(method, "factor")
+
+
+def merges_matrices(method: AnyMethod) -> bool:
+    """Whether a method merges one matrix at a time, and nothing else."""
+    return is_factor_method(method) or isinstance(method, SpectralMethod)
+
+
+def uses_moments(method: AnyMethod) -> bool:
+    """Whether a method looks at what the experts' layers see."""
+    return is_factor_method(method) and method.uses_moments
+
+
+def method_of(choice: Choice) -> AnyMethod:
+    """The method of a choice."""
+    return create(choice.name, choice.options, choice.modality)
 
 
 def factor_method(choice: Choice) -> FactorMethod:

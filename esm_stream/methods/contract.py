@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -149,6 +150,10 @@ class ElementwiseMethod(Method):
 class Updates(Protocol):
     """The experts' updates of one matrix, weights applied; each iteration reads them anew."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the updates are, and what is computed with them."""
+
     def __iter__(self) -> Iterator[Tensor]:
         """Updates (O, I), float32, in manifest order; the caller may overwrite them."""
 
@@ -156,8 +161,18 @@ class Updates(Protocol):
         """Number of experts."""
 
 
+def zeros(updates: Updates, *shape: int) -> Tensor:
+    """Zeros in float64 where the updates are, for sums over them."""
+    return torch.zeros(shape, dtype=torch.float64, device=updates.device)
+
+
 class SpectralMethod(Method):
-    """Merges one matrix at a time, from as many passes over the experts as it needs."""
+    """Merges one matrix at a time, from as many passes over the experts as it needs.
+
+    `blocks_only`: matrices outside the blocks are averaged.
+    """
+
+    blocks_only: ClassVar[bool] = False
 
     def merge(self, updates: Updates, shape: tuple[int, int]) -> "Merged":
         """Merged update of a matrix of shape (O, I)."""
@@ -166,6 +181,10 @@ class SpectralMethod(Method):
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:
         """Upper bound of the float64 numbers that `merge` holds, one float32 update included."""
         raise NotImplementedError
+
+    def decompositions(self, num_experts: int) -> int:  # noqa: ARG002
+        """Singular value decompositions, or as much work, that `merge` does of the matrix."""
+        return 1
 
 
 @dataclass(frozen=True, slots=True)

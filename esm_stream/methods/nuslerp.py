@@ -7,7 +7,7 @@ from torch import Tensor
 from esm_stream.methods.contract import About, MethodOptions, Whole
 from esm_stream.methods.gram import GramMethod, Span, arc
 
-_NEARLY_PARALLEL = 1 - 5e-17
+_NEARLY_PARALLEL = 1 - 1e-12
 _ZERO_NORM = 1e-7
 
 

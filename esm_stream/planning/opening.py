@@ -14,7 +14,7 @@ from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoi
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
 from esm_stream.manifest import Expert, Graded, Manifest, Rule
-from esm_stream.methods import at_depth, create, depths_of
+from esm_stream.methods import at_depth, create, depths_of, uses_moments
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def _check_methods(manifest: Manifest) -> None:
             for depth in depths_of(options):
                 _check_method(name, at_depth(name, options, depth), experts)
             method = create(name, at_depth(name, options, 0.0), "language")
-            if weights and getattr(method, "uses_moments", False):
+            if weights and uses_moments(method):
                 raise ManifestError(f"method '{name}' has no weights; leave them out")
         except ManifestError as error:
             lines += [f"{place}: {line}" for line in str(error).splitlines()]
@@ -179,7 +179,7 @@ def _needs_data(manifest: Manifest) -> bool:
         create(name, at_depth(name, options, 0.0), "language")
         for _, name, options, _ in _chosen(manifest)
     ]
-    return any(getattr(method, "uses_moments", False) for method in methods)
+    return any(uses_moments(method) for method in methods)
 
 
 def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpoint]]:

@@ -19,7 +19,8 @@ from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.checkpoints.companions import model_files
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.errors import BudgetError
-from esm_stream.methods import elementwise_method, factor_method
+from esm_stream.methods import elementwise_method, is_factor_method, method_of
+from esm_stream.methods.contract import SpectralMethod
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import ChainPlan, Matrix, Task, digest, topological
 from esm_stream.planning.treatments import Treatments
@@ -279,6 +280,11 @@ class TaskBuilder:
             factors = columns * (m.outputs + m.inputs) * budget.F64
             peak = max(combine, factors + budget.basis_bytes(m.outputs, m.inputs)) + factors
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
+            method = method_of(m.method)
+            if isinstance(method, SpectralMethod):
+                shape = (m.outputs, m.inputs)
+                peak = method.peak_numbers(shape, self._num_experts) * budget.F64
+                flops = method.decompositions(self._num_experts) * budget.svd_flops(*shape)
             identity = [
                 [c.identity(n) for c in everyone for n in names],
                 _method_identity(m, "factor", self._num_experts),
@@ -470,8 +476,9 @@ class TaskBuilder:
 
 def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts: int) -> object:
     """What of a method's options decides its factors or their combination."""
-    method = factor_method(m.method)
-    return [m.method.name, num_experts, method.identity(stage)]
+    method = method_of(m.method)
+    options = method.identity(stage) if is_factor_method(method) else m.method.options
+    return [m.method.name, num_experts, options]
 
 
 def check_budget(tasks: Mapping[str, Task], memory: int) -> None:

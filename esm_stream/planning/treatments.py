@@ -27,10 +27,11 @@ from esm_stream.manifest import Graded, Rule
 from esm_stream.methods import (
     at_depth,
     create,
-    factor_method,
     interpolated,
     is_factor_method,
+    merges_matrices,
     method_class,
+    uses_moments,
 )
 from esm_stream.methods.contract import AnyMethod, ElementwiseMethod
 from esm_stream.methods.esm import Esm
@@ -141,7 +142,7 @@ class Treatments:
                 choice = self._choose(info)
                 if isinstance(choice, TensorPlan):
                     self.tensors[name] = choice
-                elif is_factor_method(self._method(choice.method)):
+                elif merges_matrices(self._method(choice.method)):
                     waiting.append((info, choice))
                     self.tensors[name] = TensorPlan(name, "factors", choice.alpha, why=choice.why)
                 else:
@@ -237,13 +238,13 @@ class Treatments:
         depth = self._depths.of(info.name)
         choice = self._chosen(str(rule.method), rule.options, rule.weights, depth)
         method = self._method(choice)
-        if is_factor_method(method):
+        if merges_matrices(method):
             if info.ndim != 2:
                 raise ManifestError(
                     f"{rule.place} asks for '{rule.method}' on tensor '{info.name}' of "
                     f"shape {info.shape}; this method merges matrices only"
                 )
-            if method.uses_moments and info.name not in self.observed:
+            if uses_moments(method) and info.name not in self.observed:
                 raise ManifestError(
                     f"{rule.place} asks for '{rule.method}' on tensor '{info.name}', "
                     'whose inputs cannot be observed; set options = { decomposition = "svd" }'
@@ -258,9 +259,10 @@ class Treatments:
         main, alpha = self._main(info, rule), self._alpha(info.name, self._merge.alpha)
         average = self._chosen("average", {}, weights, depth)
         if self.profile is None:
-            if not is_factor_method(self._method(main)) or info.ndim == 2:
+            method = self._method(main)
+            if self._merges(method, info):
                 return _Choice(main, alpha, "the method")
-            return _Choice(average, 1.0, f"{info.ndim}-dimensional")
+            return _Choice(average, 1.0, self._why_other(info))
         if self._is_target(info, self.profile):
             return _Choice(main, alpha, "target", fuse=self.profile.fuse_qkv)
         alpha = alpha if self.profile.alpha_on == "all" else 1.0
@@ -269,6 +271,15 @@ class Treatments:
             choice = self._chosen("tsv_m", tsv, weights, depth)
             return _Choice(choice, alpha, self._why_other(info))
         return _Choice(average, alpha, self._why_other(info))
+
+    def _merges(self, method: AnyMethod, info: TensorInfo) -> bool:
+        """Whether a main method without profile is for a tensor."""
+        if not merges_matrices(method):
+            return True
+        if info.ndim != 2 or (uses_moments(method) and info.name not in self.observed):
+            return False
+        in_block = block_of(info.name) is not None
+        return in_block or not getattr(method, "blocks_only", False)
 
     def _is_target(self, info: TensorInfo, profile: Profile) -> bool:
         method = self._method(self._main(info, None))
@@ -300,10 +311,10 @@ class Treatments:
         transposed = seen.transposed if seen else False
         shapes = [tuple(reversed(i.shape)) if transposed else i.shape for i in infos]
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
-        method = factor_method(choice.method)
+        method = self._method(choice.method)
         name = infos[0].name if len(infos) == 1 else fused_name(i.name for i in infos)
         moment = leader = None
-        if method.uses_moments:
+        if uses_moments(method):
             assert seen is not None
             leader = seen.leader
             shared = seen.shared and len(infos) == 1
@@ -318,7 +329,9 @@ class Treatments:
             block=block_of(name),
             method=choice.method,
             alpha=choice.alpha,
-            rank=method.rank((outputs, inputs), self._num_experts),
+            rank=method.rank((outputs, inputs), self._num_experts)
+            if is_factor_method(method)
+            else 0,
             scaled=self.profile is not None and "layer" in self.profile.levels,
             moment=moment,  # type: ignore[arg-type]
             leader=leader,

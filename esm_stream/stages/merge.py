@@ -7,9 +7,13 @@ Peak:  the stacks of all experts' thin factors, whose size does not depend on th
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from esm_stream.methods import factor_method
-from esm_stream.methods.contract import FactorMethod, Factors
+import torch
+from torch import Tensor
+
+from esm_stream.methods import is_factor_method, method_of
+from esm_stream.methods.contract import FactorMethod, Factors, Merged, SpectralMethod
 from esm_stream.planning.plan import Matrix
 from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stopping import check
@@ -17,14 +21,9 @@ from esm_stream.subspace.basis import frobenius_norm
 
 
 def run(context: Context) -> TaskResult:
-    """Combine all experts' factors of one matrix."""
+    """Merge one matrix of all experts."""
     matrix = context.plan.matrices[context.task.subject]
-    method = factor_method(matrix.method)
-    factors = list(
-        _stored(context, matrix) if matrix.moment else _factored(context, matrix, method)
-    )
-    merged = method.combine(factors, (matrix.outputs, matrix.inputs))
-    del factors
+    merged = _merged(context, matrix)
     norm = frobenius_norm(merged.update_OI)
     result = TaskResult(values={"norm": norm, **merged.diagnostics})
     start = 0
@@ -34,6 +33,37 @@ def run(context: Context) -> TaskResult:
         written = context.store.write_update(part.tensor, update.T if matrix.transposed else update)
         result.outputs += [context.directory.record(path) for path in written]
     return result
+
+
+def _merged(context: Context, matrix: Matrix) -> Merged:
+    """The merged update, from stored factors or from the updates themselves."""
+    method, shape = method_of(matrix.method), (matrix.outputs, matrix.inputs)
+    if isinstance(method, SpectralMethod):
+        return method.merge(_Updates(context, matrix), shape)
+    assert is_factor_method(method)
+    found = _stored(context, matrix) if matrix.moment else _factored(context, matrix, method)
+    return method.combine(list(found), shape)
+
+
+@dataclass(frozen=True)
+class _Updates:
+    """All experts' updates of one matrix, weights applied; every iteration computes them anew."""
+
+    context: Context
+    matrix: Matrix
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        names, weights = self.context.plan.expert_names, self.matrix.method.weights
+        for expert, weight in zip(names, weights, strict=True):
+            check()
+            yield self.context.update(expert, self.matrix).mul_(weight)
+
+    def __len__(self) -> int:
+        return len(self.context.plan.experts)
 
 
 def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
@@ -53,9 +83,7 @@ def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
 
 def _factored(context: Context, matrix: Matrix, method: FactorMethod) -> Iterator[Factors]:
     """Factors made here from base and experts, one expert at a time, rounded as stored ones are."""
-    for expert, weight in zip(context.plan.expert_names, matrix.method.weights, strict=True):
-        check()
-        update_OI = context.update(expert, matrix).mul_(weight)
+    for update_OI in _Updates(context, matrix):
         factors = method.factor(update_OI, None, len(context.plan.experts))
         yield Factors(
             factors.basis_OK.float(), factors.coordinates_KI.float(), factors.spectrum, factors.norm

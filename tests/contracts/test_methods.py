@@ -19,7 +19,7 @@ ELEMENTWISE = [name for name in available() if issubclass(METHODS[name], Element
 # The order of experts is part of the definition.
 ORDERED = {"slerp"}
 # A constant of the definition is compared with the updates, or the base's weights count too.
-NOT_HOMOGENEOUS = {"karcher", "ram", "slerp"}
+NOT_HOMOGENEOUS = {"karcher", "ram", "slerp", "wudi"}
 
 
 def num_experts(name: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeZoo, PlanOf, Run, merge_here
+from merging import merge as merge_one
 from merging import merge_all
 from models import Zoo, change_tensors, tensors_of
 from torch import Tensor
@@ -60,6 +61,23 @@ def test_merge_equals_the_method_in_memory(
     weights = {next(iter(found.experts)): 0.5}
     merge = {"method": method, "alpha": 0.7, "options": options, "weights": weights}
     same(run(found, merge=merge), in_memory(found, method, options, weights, 0.7))
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "cart", "wudi_closed", "core_space"])
+def test_matrices_equal_the_method_in_memory(zoo: MakeZoo, run: Run, method: str) -> None:
+    found = zoo("llama", experts=EXPERTS)
+    weights = {next(iter(found.experts)): 0.5}
+    base = tensors_of(found.base)
+    tuned = [tensors_of(path) for path in found.experts.values()]
+    merged = tensors_of(run(found, merge={"method": method, "alpha": 0.7, "weights": weights}))
+    for name, value in base.items():
+        updates = [one[name] - value for one in tuned]
+        outside = method == "wudi_closed" and ".layers." not in name
+        used = method if value.ndim == 2 and not outside else "average"
+        update = merge_one(used, updates, weights=[0.5, 1.0, 1.0])
+        alpha = 0.7 if used == method else 1.0
+        expected = value + alpha * update.float()
+        torch.testing.assert_close(merged[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])
