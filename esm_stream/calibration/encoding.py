@@ -122,10 +122,10 @@ class Encoder:
         return [name for name in self._takes if name.endswith(endings)]
 
     def _taken(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors that the forward takes; masks of ones only say that nothing is padded."""
+        """Tensors that the forward needs: no labels, and no masks that mask nothing."""
         tensors = {}
         for name, value in found.items():
-            if name not in self._takes or not isinstance(value, Tensor):
+            if name not in self._takes or name == "labels" or not isinstance(value, Tensor):
                 continue
             optional = self._takes[name].default is not inspect.Parameter.empty
             if name in MASKS_OF_ONES and optional and bool(value.all()):
@@ -143,7 +143,13 @@ class Encoder:
 
     @property
     def _most_tokens(self) -> int:
-        return min(self._settings.max_length, int(self._tokenizer.model_max_length))
+        """Tokens kept of a text: as many as asked for, if tokenizer and positions have as many."""
+        # Configurations name this differently; what one does not name does not limit it.
+        config = self._config.get_text_config()
+        names = ("max_position_embeddings", "max_target_positions")
+        positions = [getattr(config, name, None) for name in names]
+        limits = [n for n in positions if isinstance(n, int) and n > 0]
+        return min(self._settings.max_length, int(self._tokenizer.model_max_length), *limits)
 
     def _tokens(self, record: Record) -> Sample:
         """Token ids of a text, a prompt with its response, or a conversation."""
@@ -315,15 +321,15 @@ class Encoder:
             given["sampling_rate"] = rate
         placeholder = _placeholder(self._processor)
         most = self._most_tokens
-        if placeholder is None:
-            given |= {"truncation": True, "max_length": most}
+        cuts = {"truncation": True, "max_length": most} if placeholder is None else {}
         problem: InputError | None = None
         for text in self._wordings(record, placeholder):
             begin = self._tokenizer.bos_token
             special = not (begin and text.startswith(begin))
             try:
+                options = {"add_special_tokens": special, **cuts}
                 found = self._processed(
-                    record, self._processor, text=[text], add_special_tokens=special, **given
+                    record, self._processor, text=[text], text_kwargs=options, **given
                 )
             except InputError as error:
                 problem = error

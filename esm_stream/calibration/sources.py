@@ -7,6 +7,7 @@ Cost:  every line of a .jsonl is checked once, so that a mistake is found before
 """
 
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -184,13 +185,14 @@ def _arrays(path: Path, settings: "Calibration") -> Source:
 def _lines(path: Path, settings: "Calibration") -> Source:
     """Lines that are not empty; each is parsed here once, and again when it is drawn."""
     parse = _parser(path, settings)
-    starts: list[tuple[int, int]] = []
+    numbers, starts = array("Q"), array("Q")
     problems: list[str] = []
     with path.open("rb") as file:
         offset = 0
         for number, line in enumerate(file, 1):
             if line.strip():
-                starts.append((number, offset))
+                numbers.append(number)
+                starts.append(offset)
                 try:
                     parse(line, f"{path}:{number}")
                 except InputError as error:
@@ -202,10 +204,9 @@ def _lines(path: Path, settings: "Calibration") -> Source:
         raise InputError(problems)
 
     def read(i: int) -> Record:
-        number, offset = starts[i]
         with path.open("rb") as file:
-            file.seek(offset)
-            return parse(file.readline(), f"{path}:{number}")
+            file.seek(starts[i])
+            return parse(file.readline(), f"{path}:{numbers[i]}")
 
     return Source(len(starts), read)
 

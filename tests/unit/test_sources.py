@@ -190,6 +190,18 @@ def test_texts_are_cut_at_the_limit_of_the_tokenizer_too(tmp_path: Path) -> None
     assert (found.tokens, found.truncated) == ([2, 2], [1])
 
 
+def test_texts_are_cut_at_the_positions_of_the_model_too(tmp_path: Path) -> None:
+    model = hub.config(
+        tmp_path / "model",
+        "GPT2Config",
+        "GPT2Model",
+        **{"vocab_size": hub.WORDS, "n_positions": 3, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    )
+    hub.tokenizer().save_pretrained(model)
+    path = lines(tmp_path / "a.jsonl", {"text": "w3 w4 w5 w6"})
+    assert ids(path, model) == [[3, 4, 5]]
+
+
 def test_token_ids_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
     model = hub.config(
         tmp_path / "model", "LlamaConfig", "LlamaForCausalLM", vocab_size=20, **hub.HEADS
@@ -464,6 +476,20 @@ def test_pairs_are_never_cut_but_refused_with_numbers(tmp_path: Path) -> None:
     assert "a.jsonl:1: has 17 tokens" in message
     assert "max_length is 12" in message
     assert "raise max_length to 17" in message
+
+
+def test_a_sound_with_a_text(tmp_path: Path) -> None:
+    """Half a second is 50 frames of the features, 12 tokens, between a begin and an end."""
+    sound(tmp_path / "a.wav")
+    model = hub.qwen2_audio(tmp_path / "model")
+    path = lines(tmp_path / "a.jsonl", {"audio": "a.wav", "text": "<|AUDIO|> w3"})
+    found = read(path, model)
+    batch = found.batches[0]
+    assert batch["input_ids"].tolist() == [[*[hub.WORDS] * 12, 3]]
+    assert batch["input_features"].shape == (1, 8, 3000)
+    # It masks something: the padding that the feature extractor itself needs.
+    assert int(batch["feature_attention_mask"].sum()) == 50
+    assert "takes 'input_ids'" in refused(lines(path, {"audio": "a.wav"}), model)
 
 
 def test_a_file_that_a_line_names_must_be_there(tmp_path: Path) -> None:

@@ -124,3 +124,22 @@ def wav2vec2(path: Path) -> Path:
     config(path, "Wav2Vec2Config", "Wav2Vec2Model", **HEADS)
     Wav2Vec2FeatureExtractor(sampling_rate=16_000).save_pretrained(path)
     return path
+
+
+def qwen2_audio(path: Path) -> Path:
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    text = {**HEADS, "model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": WORDS + 1}
+    sound = {"model_type": "qwen2_audio_encoder", "d_model": 16, "num_mel_bins": 8}
+    layers = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config(
+        path,
+        "Qwen2AudioConfig",
+        "Qwen2AudioForConditionalGeneration",
+        text_config=text,
+        audio_config={**sound, **layers},
+        audio_token_index=WORDS,
+    )
+    words = tokenizer(special=("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"))
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=8), words).save_pretrained(path)
+    return path
