@@ -210,6 +210,10 @@ class Run(Section):
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="'cpu', 'cuda' or 'cuda:N'."
     )
+    forward: Literal["auto", "chain", "replay", "resident"] = Field(
+        default="auto",
+        description="How the forward is streamed; 'auto' is the first that fits the model.",
+    )
     parallel: PositiveInt = Field(
         default=1, description="Tasks at once in one process; each gets its share of the cores."
     )

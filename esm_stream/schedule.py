@@ -94,9 +94,11 @@ def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
 
 
 def _drop_consumed_states(plan: Plan, task: Task) -> None:
-    """A hidden state is only needed until the block after it is done."""
-    if task.stage == "forward":
-        plan.directory.hidden(task.expert, task.block).unlink(missing_ok=True)
+    """A hidden state is only needed until the last task that reads it is done."""
+    for key in task.states:
+        if plan.readers_of_state[key][-1] == task.key:
+            before = plan.tasks[key]
+            plan.directory.hidden(task.expert, before.block + 1).unlink(missing_ok=True)
 
 
 def require_scheduler(name: str) -> None:

@@ -14,6 +14,7 @@ import typer
 from esm_stream_cli.failing import clear_errors
 from esm_stream_cli.overrides import (
     Device,
+    Forward,
     JsonEvents,
     ManifestPath,
     Memory,
@@ -39,6 +40,7 @@ def merge(
     device: Device = None,
     work: Work = None,
     parallel: Parallel = None,
+    forward: Forward = None,
     scheduler: Scheduler = "local",
     restart: Restart = False,
     quiet: Quiet = False,
@@ -49,7 +51,7 @@ def merge(
     Killed or stopped at any moment, the same command goes on from there and ends in the same bytes.
     """
     with clear_errors():
-        loaded = read_manifest(manifest, memory, device, work, parallel)
+        loaded = read_manifest(manifest, memory, device, work, parallel, forward)
         require_device(loaded.run.device)
         outcome = run(loaded, scheduler=scheduler, restart=restart, quiet=quiet, as_json=as_json)
         if not quiet and not as_json:

@@ -21,6 +21,13 @@ Parallel = Annotated[
     int | None,
     typer.Option(min=1, help="Tasks at once in this process.", show_default="manifest"),
 ]
+Forward = Annotated[
+    str | None,
+    typer.Option(
+        help="How the forward is streamed: auto, chain, replay or resident.",
+        show_default="manifest",
+    ),
+]
 
 Scheduler = Annotated[
     str,
@@ -46,6 +53,7 @@ def read_manifest(
     device: str | None = None,
     work: Path | None = None,
     parallel: int | None = None,
+    forward: str | None = None,
 ) -> "Manifest":
     """The manifest with the command line's values in its [run] section.
 
@@ -63,6 +71,7 @@ def read_manifest(
         "device": device,
         "work": work.absolute() if work else None,
         "parallel": parallel,
+        "forward": forward,
     }
     values = {**manifest.run.model_dump(), **{k: v for k, v in given.items() if v is not None}}
     try:

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from esm_stream_cli.failing import clear_errors
-from esm_stream_cli.overrides import Device, ManifestPath, Memory, Work, read_manifest
+from esm_stream_cli.overrides import (
+    Device,
+    Forward,
+    ManifestPath,
+    Memory,
+    Work,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from esm_stream.planning.plan import Matrix, Plan
+    from esm_stream.planning.plan import ForwardPlan, Matrix, Plan
 
 
 def plan(
@@ -23,6 +30,7 @@ def plan(
     memory: Memory = None,
     device: Device = None,
     work: Work = None,
+    forward: Forward = None,
 ) -> None:
     """Show what a merge will do and cost: matrices, methods, memory, disk, bytes, operations.
 
@@ -34,7 +42,8 @@ def plan(
         from esm_stream.planning.make import make_plan
         from esm_stream.planning.tasks import check_budget
 
-        made = make_plan(read_manifest(manifest, memory, device, work), check_memory=False)
+        loaded = read_manifest(manifest, memory, device, work, forward=forward)
+        made = make_plan(loaded, check_memory=False)
         if as_json:
             typer.echo(made.dump().decode())
         else:
@@ -43,6 +52,13 @@ def plan(
             check_budget(made.tasks, made.memory)
         except BudgetError as error:
             typer.echo(f"warning: merge will be refused: {error}", err=True)
+
+
+def _blocks(forward: "ForwardPlan") -> str:
+    """Number and place of the blocks: "12 blocks of 'model.layers'"."""
+    lists = list(dict.fromkeys(step.block.rpartition(".")[0] for step in forward.steps))
+    named = ", ".join(f"'{name}'" for name in lists[:4]) + (", ..." if len(lists) > 4 else "")
+    return f"{len(forward.steps)} blocks of {named}" if lists else "no blocks"
 
 
 def _console() -> "Console":
@@ -63,12 +79,15 @@ def show(made: "Plan", console: "Console") -> None:
         f"[bold]{merge['method']}[/] of {len(made.experts)} experts "
         f"({', '.join(made.experts)}) -> {escape(str(made.output))}"
     )
-    if made.chain is not None:
+    if made.forward is not None:
+        forward = made.forward
         console.print(
-            f"forward: chain, {made.chain.num_blocks} blocks of '{made.chain.prefix}' in "
-            f"{made.chain.dtype}, {made.manifest['calibration']['samples']} samples of up to "
-            f"{made.chain.tokens_per_sample} tokens per expert"
+            f"forward: {forward.mode}, {_blocks(forward)} in {forward.dtype}, "
+            f"{made.manifest['calibration']['samples']} samples of up to "
+            f"{forward.tokens_per_sample} tokens per expert"
         )
+        if forward.why:
+            console.print(f"         ({escape(forward.why)})")
     if made.matrices:
         console.print(_roles(made))
     console.print(_others(made))

@@ -1,14 +1,14 @@
-"""What the skeleton hands to each block, and hidden states between blocks, as files.
+"""Nested values of a forward (arguments and outputs of blocks, model inputs), and them as files.
 
-From:  chain.py's recordings, one per micro-batch; outputs of blocks.
+From:  passes over a skeleton, one per micro-batch; outputs of blocks.
 To:    stages/forward.py, in the same or another process.
 
-Both are safetensors files. The nesting of the arguments is JSON in the file's metadata, in which
-tensors are numbered; a tensor that many blocks are handed is stored once.
+All are safetensors files. The nesting is JSON in the file's metadata, in which tensors are
+numbered; a tensor that many blocks are handed is stored once.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, Final
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import modeling_outputs
+from transformers.utils.generic import ModelOutput
 
 from esm_stream.store.files import write_atomically
 
@@ -27,6 +29,8 @@ class _Hidden(Enum):
 
 HIDDEN: Final = _Hidden.HIDDEN
 """Stands for the hidden state among a block's arguments."""
+
+Plain = bool | int | float | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,66 +43,141 @@ class Call:
 
 def unsupported_value(value: Any) -> str | None:  # noqa: ANN401 - arguments are any type
     """The type of the first value that cannot be kept in a file, or None if all can."""
-    if isinstance(value, tuple):
+    if isinstance(value, ModelOutput):
+        known = getattr(modeling_outputs, type(value).__name__, None) is type(value)
+        return unsupported_value(tuple(value.values())) if known else type(value).__name__
+    if type(value) in (tuple, list):
         return next((found for item in value if (found := unsupported_value(item))), None)
-    if value is None or value is HIDDEN or isinstance(value, bool | int | float | str | Tensor):
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return unsupported_value(tuple(value.values()))
+    if value is None or value is HIDDEN or isinstance(value, Plain | Tensor):
         return None
     return type(value).__name__
 
 
-def save_calls(path: Path, batches: Sequence[Sequence[Call]]) -> None:
-    """Write the calls of all blocks (inner) for all micro-batches (outer)."""
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:  # noqa: ANN401
+    """The same nesting with every tensor changed; values of other types stay what they are."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, ModelOutput):
+        items: Mapping[str, Any] = dict(value.items())
+        return type(value)(**{k: map_tensors(v, change) for k, v in items.items()})
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """All tensors of a nested value, from left to right."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    yield from found
+
+
+def equal_values(left: Any, right: Any) -> bool:  # noqa: ANN401, PLR0911 - one case per kind
+    """Whether two nested values have one structure and equal contents."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        if left is right:
+            return True
+        both = isinstance(left, Tensor) and isinstance(right, Tensor)
+        if not both or left.dtype != right.dtype or left.shape != right.shape:
+            return False
+        # NaN equals NaN here: an uninitialised or masked value is no difference.
+        return bool(((left == right) | ((left != left) & (right != right))).all())  # noqa: PLR0124
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, Mapping):
+        same = list(left) == list(right)
+        return same and all(equal_values(left[key], right[key]) for key in left)
+    if isinstance(left, tuple | list):
+        same = len(left) == len(right)
+        return same and all(equal_values(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def save_values(path: Path, values: Sequence[Any]) -> None:
+    """Write nested values, so that each can be read alone.
+
+    Raises:
+        ValueError: A value is of a type that `unsupported_value` names.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[int, str] = {}
 
-    def encode(value: Any) -> Any:  # noqa: ANN401
+    def encode(value: Any) -> Any:  # noqa: ANN401, PLR0911 - one case per kind
         if value is HIDDEN:
             return {"hidden": True}
         if isinstance(value, Tensor):
+            order = _order_in_memory(value)
             if id(value) not in numbers:
                 numbers[id(value)] = str(len(numbers))
-                tensors[numbers[id(value)]] = value.contiguous().clone()
-            return {"tensor": numbers[id(value)]}
-        if isinstance(value, tuple):
-            return {"tuple": [encode(item) for item in value]}
-        return {"value": value}
+                tensors[numbers[id(value)]] = value.permute(order).contiguous().clone()
+            return {"tensor": numbers[id(value)], "order": order}
+        if isinstance(value, ModelOutput):
+            return {"output": type(value).__name__, "dict": _encode_items(value)}
+        if isinstance(value, Call):
+            return {"call": [encode(value.args), encode(value.kwargs)]}
+        if isinstance(value, tuple | list):
+            return {type(value).__name__: [encode(item) for item in value]}
+        if isinstance(value, dict):
+            return {"dict": _encode_items(value)}
+        if value is None or isinstance(value, Plain):
+            return {"value": value}
+        raise ValueError(f"a {type(value).__name__} cannot be kept in a file")
 
-    structure = [
-        [
-            {
-                "args": [encode(v) for v in c.args],
-                "kwargs": {k: encode(v) for k, v in c.kwargs.items()},
-            }
-            for c in calls
-        ]
-        for calls in batches
-    ]
-    write_atomically(path, save(tensors, {"calls": json.dumps(structure)}))
+    def _encode_items(items: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: encode(value) for key, value in items.items()}
+
+    structure = json.dumps([encode(value) for value in values])
+    write_atomically(path, save(tensors, {"values": structure}))
 
 
-def load_calls(path: Path, block: int) -> list[Call]:
-    """The calls of one block, one per micro-batch, in order."""
+def _order_in_memory(value: Tensor) -> list[int]:
+    """Axes from the slowest to the fastest: kernels, and so bits, differ by it."""
+    strides = value.stride()
+    return sorted(range(value.ndim), key=lambda axis: (-strides[axis], axis))
+
+
+def load_values(path: Path) -> list[Any]:
+    """All values that `save_values` wrote."""
+    return list(_load(path, None))
+
+
+def load_value(path: Path, number: int) -> Any:  # noqa: ANN401
+    """One of the values that `save_values` wrote; only its tensors are read."""
+    return next(_load(path, number))
+
+
+def _load(path: Path, number: int | None) -> Iterator[Any]:
     with safe_open(path, "pt") as file:
-        structure = json.loads(file.metadata()["calls"])
+        structure = json.loads(file.metadata()["values"])
 
-        def decode(node: dict[str, Any]) -> Any:  # noqa: ANN401
+        def decode(node: dict[str, Any]) -> Any:  # noqa: ANN401 - one case per kind
             if "tensor" in node:
-                return file.get_tensor(node["tensor"])
+                # A copy lies where torch aligns it: the bits of small products depend on that.
+                stored = file.get_tensor(node["tensor"]).clone()
+                order = node["order"]
+                return stored.permute([order.index(axis) for axis in range(len(order))])
+            if "call" in node:
+                args, kwargs = map(decode, node["call"])
+                return Call(args, kwargs)
+            if "dict" in node:
+                items = {key: decode(value) for key, value in node["dict"].items()}
+                known = getattr(modeling_outputs, node["output"]) if "output" in node else dict
+                return known(**items)
             if "tuple" in node:
                 return tuple(decode(item) for item in node["tuple"])
+            if "list" in node:
+                return [decode(item) for item in node["list"]]
             return HIDDEN if "hidden" in node else node["value"]
 
-        return [
-            Call(
-                tuple(decode(v) for v in calls[block]["args"]),
-                {k: decode(v) for k, v in calls[block]["kwargs"].items()},
-            )
-            for calls in structure
-        ]
+        yield from map(decode, structure if number is None else [structure[number]])
 
 
 def save_batches(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
-    """Write named tensors of all micro-batches: model inputs, or {"hidden": state}."""
+    """Write named tensors of all micro-batches: the model's inputs."""
     tensors = {
         f"{index:05d}/{name}": value.contiguous()
         for index, batch in enumerate(batches)

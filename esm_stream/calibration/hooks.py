@@ -1,7 +1,7 @@
 """What every matrix of a module is multiplied with: seen where torch multiplies, always let go.
 
 From:  a running module, whoever wrote it.
-To:    chain.py (which matrices there are, which share an input), stages/ (sums of moments).
+To:    trace.py (which matrices there are, which share an input), stages/ (sums of moments).
 Cost:  a few microseconds for each call of a torch function; nothing is kept.
 
 A matrix is a parameter, or a slice of a parameter that is a stack (the experts of a mixture). It is
@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 Observer = Callable[[str, Tensor], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -128,6 +128,12 @@ def named(value: Tensor, parameter: str) -> Tensor:
     """Let a tensor be recognised as a parameter, by the parameter's full name."""
     value.esm_stream_parameter = parameter  # type: ignore[attr-defined]
     return value
+
+
+def would_multiply(x: Tensor, matrix: Tensor) -> None:
+    """Let those who watch see the input (..., I) of a matrix (O, I) that is not multiplied."""
+    if has_torch_function((x, matrix)):
+        handle_torch_function(would_multiply, (x, matrix), x, matrix)
 
 
 @contextmanager
@@ -538,6 +544,7 @@ def _margins(padding: Any, size: Sequence[int], dilation: Sequence[int]) -> list
 
 _PRODUCTS: Final[dict[Any, Callable[..., Uses]]] = {
     F.linear: _linear,
+    would_multiply: _linear,
     **dict.fromkeys(
         (
             *(torch.matmul, torch.mm, torch.bmm, _T.matmul, _T.mm, _T.bmm),

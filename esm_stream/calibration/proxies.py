@@ -100,7 +100,7 @@ def read_proxies(
 
 
 def example_inputs(
-    path: Path, settings: Calibration, model: Path, few_tokens: int
+    path: Path, settings: Calibration, model: Path, few_tokens: int | None
 ) -> dict[str, Tensor] | None:
     """Model inputs to find out with how a forward runs: those of the first sample of a path.
 

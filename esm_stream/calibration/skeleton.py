@@ -1,13 +1,12 @@
 """A transformers model without weights: its blocks, and which checkpoint tensor is which parameter.
 
 From:  config.json, names and shapes of a checkpoint's tensors (headers only, no tensor is read).
-To:    chain.py (may it be streamed?), plan.py (matrices), stages/ (a block to run).
+To:    trace.py (how can it be streamed?), planning/ (matrices), stages/ (a block to run).
 Cost:  parameters live on the meta device, buffers are real: a 70B model takes about 0.2 s.
 
 A *block* is one child of an outermost ModuleList; the *skeleton* is everything else.
 """
 
-import copy
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -38,18 +37,7 @@ from esm_stream.calibration.conversion import (
 from esm_stream.errors import UnsupportedModelError
 
 _BUILD_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class BlockList:
-    """One outermost ModuleList of a model: `prefix` is its module name, "model.layers"."""
-
-    prefix: str
-    blocks: tuple[nn.Module, ...]
-
-    def name(self, index: int) -> str:
-        """Module name of one block."""
-        return f"{self.prefix}.{index}"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +56,18 @@ class Skeleton:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     misfits: Mapping[str, str] = field(default_factory=dict)
 
-    def lists(self) -> tuple[BlockList, ...]:
-        """Outermost ModuleLists whose children hold parameters."""
-        found: list[BlockList] = []
+    def blocks(self) -> tuple[str, ...]:
+        """Names of all blocks: children of outermost lists of modules that hold parameters.
+
+        A child that is itself only a container is never called; its children are the blocks.
+        """
+        found: list[str] = []
         for name, module in self.model.named_modules():
-            nested = any(name.startswith(outer.prefix + ".") for outer in found)
-            if isinstance(module, nn.ModuleList) and not nested and _holds_parameters(module):
-                found.append(BlockList(name, tuple(module)))
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            listed = isinstance(parent, _CONTAINERS) and not isinstance(module, _CONTAINERS)
+            nested = any(name.startswith(outer + ".") for outer in found)
+            if listed and not nested and next(module.parameters(), None) is not None:
+                found.append(name)
         return tuple(found)
 
     def tensors_of(self, module: str) -> tuple[str, ...]:
@@ -192,13 +185,14 @@ class Skeleton:
                 f"{type(self.model).__name__}; is config.json the one of this checkpoint?"
             )
 
+    def persistent_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that checkpoints hold."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return tuple(name for name in self.model.state_dict() if name not in parameters)
+
     def modality(self) -> str:
         """Whether the main input is pixels ("vision") or anything else ("language")."""
         return "vision" if self.model.main_input_name == "pixel_values" else "language"
-
-
-def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def load_config(root: Path) -> PretrainedConfig:
@@ -395,17 +389,6 @@ def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype
         name: torch.float32 if any(p.search(name) for p in kept) else value.dtype
         for name, value in model.state_dict().items()
     }
-
-
-def with_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a meta module that holds the given tensors as parameters and buffers, zero-copy.
-
-    The module itself is not changed, so that threads may share it.
-    """
-    twin = copy.deepcopy(module)
-    for name, value in values.items():
-        put_tensor(twin, name, value)
-    return twin
 
 
 def put_tensor(module: nn.Module, name: str, value: Tensor) -> None:

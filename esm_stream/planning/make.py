@@ -1,9 +1,11 @@
 """From a manifest to a plan: open the inputs, decide every tensor's treatment, build the tasks."""
 
+from dataclasses import replace
+
 from esm_stream import __version__
 from esm_stream.manifest import Manifest
 from esm_stream.planning.opening import Opened, longest_sample, open_inputs
-from esm_stream.planning.plan import ChainPlan, Plan
+from esm_stream.planning.plan import ForwardPlan, Plan
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
 from esm_stream.store.work import SCHEMA
@@ -23,9 +25,9 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     opened = open_inputs(manifest)
     treatments = Treatments(opened)
     needed = any(matrix.moment for matrix in treatments.matrices.values())
-    chain = _chain_plan(opened) if needed else None
+    forward = _forward_plan(opened) if needed else None
     layouts = plan_shards(opened.base, manifest.output.dtype, manifest.output.shard_size)
-    tasks = TaskBuilder(opened, treatments, chain, layouts).build()
+    tasks = TaskBuilder(opened, treatments, forward, layouts).build()
     if check_memory:
         check_budget(tasks, manifest.run.memory)
     return Plan(
@@ -41,7 +43,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         shard_size=manifest.output.shard_size,
         memory=manifest.run.memory,
         modality=opened.modality,
-        chain=chain,
+        forward=forward,
         matrices=treatments.matrices,
         tensors=treatments.tensors,
         tasks=tasks,
@@ -50,20 +52,23 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     )
 
 
-def _chain_plan(opened: Opened) -> ChainPlan:
-    assert opened.chain is not None
-    return ChainPlan(
-        prefix=opened.chain.prefix,
-        num_blocks=opened.chain.num_blocks,
-        wrap=opened.chain.wrap,
-        width=opened.chain.width,
-        tokens_per_sample=_tokens_per_sample(opened),
+def _forward_plan(opened: Opened) -> ForwardPlan:
+    trace = opened.trace
+    assert trace is not None
+    tokens = _tokens_per_sample(opened)
+    times = opened.manifest.calibration.samples * tokens / trace.sample_tokens
+    return ForwardPlan(
+        mode=trace.mode,
+        why=trace.why,
+        steps=tuple(replace(s, state_bytes=int(s.state_bytes * times)) for s in trace.steps),
+        tokens_per_sample=tokens,
         dtype=opened.dtype,
-        stem=opened.chain.stem,
+        stem=trace.stem,
+        outside=trace.outside,
     )
 
 
 def _tokens_per_sample(opened: Opened) -> int:
     """Tokens of one sample: exact for ready-made inputs and images, an upper bound for texts."""
-    assert opened.chain is not None
-    return max(longest_sample(opened.manifest), opened.chain.tokens)
+    assert opened.trace is not None
+    return max(longest_sample(opened.manifest), opened.trace.sample_tokens)

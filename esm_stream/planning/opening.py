@@ -19,8 +19,8 @@ from esm_stream.methods import at_depth, create, depths_of, uses_moments
 if TYPE_CHECKING:
     import torch
 
-    from esm_stream.calibration.chain import Chain
     from esm_stream.calibration.skeleton import Skeleton
+    from esm_stream.calibration.trace import Trace
 
 Modality = Literal["vision", "language"]
 COMPUTE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -38,7 +38,7 @@ class Opened:
     experts: dict[str, Checkpoint]
     modality: Modality
     skeleton: "Skeleton | None"
-    chain: "Chain | None"
+    trace: "Trace | None"
     dtype: str
     notes: tuple[str, ...]
 
@@ -62,20 +62,19 @@ def open_inputs(manifest: Manifest) -> Opened:
     if not needs_data:
         return Opened(manifest, base, experts, _modality_of(base), None, None, dtype, tuple(notes))
 
-    from esm_stream.calibration.chain import plan_chain
     from esm_stream.calibration.skeleton import build_skeleton
 
     shapes = {name: info.shape for name, info in base.tensors.items()}
     try:
         skeleton = build_skeleton(base.root, shapes, torch_dtype(dtype))
-        chain = plan_chain(skeleton, _dummy_sample(manifest, dtype))
+        trace = _trace(manifest, skeleton, dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{base.root}: {error}. Methods that need no activations still work: "
             'method = "tsv_m" or "average", or for esm the option decomposition = "svd".'
         ) from error
     modality: Modality = "vision" if skeleton.modality() == "vision" else "language"
-    return Opened(manifest, base, experts, modality, skeleton, chain, dtype, tuple(notes))
+    return Opened(manifest, base, experts, modality, skeleton, trace, dtype, tuple(notes))
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -241,13 +240,38 @@ def _modality_of(base: Checkpoint) -> Modality:
     return "vision" if {"image_size", "patch_size"} & set(base.config) else "language"
 
 
-def _dummy_sample(manifest: Manifest, dtype: str) -> "dict[str, torch.Tensor] | None":
+def _trace(manifest: Manifest, skeleton: "Skeleton", dtype: str) -> "Trace":
+    """How the forward can be streamed, tried with a few tokens of a sample, then with all of it.
+
+    Raises:
+        UnsupportedModelError: It fails on both, or the manifest asks for another mode.
+    """
+    from esm_stream.calibration.trace import DUMMY_TOKENS, force_mode, trace_model
+
+    few = _dummy_sample(manifest, dtype, DUMMY_TOKENS)
+    try:
+        trace = trace_model(skeleton, few)
+    except UnsupportedModelError:
+        whole = _dummy_sample(manifest, dtype, None)
+        if few is None or whole is None or _shapes(whole) == _shapes(few):
+            raise
+        trace = trace_model(skeleton, whole)
+    mode = manifest.run.forward
+    return trace if mode == "auto" else force_mode(trace, mode)
+
+
+def _shapes(sample: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Size]":
+    return {name: value.shape for name, value in sample.items()}
+
+
+def _dummy_sample(
+    manifest: Manifest, dtype: str, most_tokens: int | None
+) -> "dict[str, torch.Tensor] | None":
     """Inputs of the first expert's first sample; None where the configuration says enough."""
-    from esm_stream.calibration.chain import DUMMY_TOKENS
     from esm_stream.calibration.proxies import example_inputs
 
     source = source_of(manifest, manifest.experts[0])
-    found = example_inputs(source, manifest.calibration, manifest.base.model, DUMMY_TOKENS)
+    found = example_inputs(source, manifest.calibration, manifest.base.model, most_tokens)
     if found is None:
         return None
     floats = torch_dtype(dtype)

@@ -18,9 +18,11 @@ from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
+from esm_stream.calibration.steps import OUTSIDE, Mode, Step
 from esm_stream.methods import at_depth
 from esm_stream.store.work import SCHEMA, WorkDirectory
 
+ALL: Final = "all"
 Treatment = Literal["copy", "equal", "elementwise", "factors"]
 Stage = Literal[
     "inputs", "stem", "forward", "measure", "total", "merge", "scale", "write", "seal", "finish"
@@ -64,7 +66,8 @@ class Matrix:
     """One matrix merged from factors: O outputs x I inputs, made of one or more stored tensors.
 
     `transposed`: stored as (I, O). `moment` and `leader`: which second moment of which module's
-    input is needed, None for methods that need no data. `scaled`: layer scaling applies.
+    input is needed, None for methods that need no data; `observed_in` is the block that module is
+    in, or OUTSIDE. `scaled`: layer scaling applies.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Matrix:
     scaled: bool
     moment: Literal["input", "shift"] | None = None
     leader: str | None = None
+    observed_in: str = OUTSIDE
 
     @property
     def group(self) -> str:
@@ -107,24 +111,27 @@ class TensorPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ChainPlan:
+class ForwardPlan:
     """How the experts' forwards are streamed; absent when no method needs data.
 
-    `stem` names the parameters outside the blocks that what precedes the blocks uses.
+    `why` says what rules out the modes before `mode`; see calibration/trace.py. `outside` names the
+    parameters outside the blocks that the forward uses, `stem` those it uses before the last block.
     """
 
-    prefix: str
-    num_blocks: int
-    wrap: Literal["tensor", "tuple"]
-    width: int
+    mode: Mode
+    why: str
+    steps: tuple[Step, ...]
     tokens_per_sample: int
     dtype: str
     stem: tuple[str, ...]
+    outside: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work; equal tasks are the same task.
+
+    `block` is a step's number in the forward; `states` are the tasks whose hidden states it reads.
 
     `kept_bytes` is what of `write_bytes` stays in the work directory when the task is done; hidden
     states go as soon as the next block is done.
@@ -146,6 +153,7 @@ class Task:
     subject: str = ""
     tensors: tuple[str, ...] = ()
     sweep: int = -1
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class Plan:
     shard_size: str | int
     memory: int
     modality: Literal["vision", "language"]
-    chain: ChainPlan | None
+    forward: ForwardPlan | None
     matrices: dict[str, Matrix]
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
@@ -189,18 +197,21 @@ class Plan:
         return tuple(self.experts)
 
     @cached_property
-    def transient_readers(self) -> dict[str, list[str]]:
-        """The tasks that read a task's transient outputs: the expert's next block, the seal."""
+    def readers_of_state(self) -> dict[str, list[str]]:
+        """The tasks that read a task's hidden states, in order."""
         found: dict[str, list[str]] = {key: [] for key in self.tasks}
         for task in self.tasks.values():
+            for key in task.states:
+                found[key].append(task.key)
+        return found
+
+    @cached_property
+    def transient_readers(self) -> dict[str, list[str]]:
+        """The tasks that read a task's transient outputs: hidden states; a shard, by its seal."""
+        found = {key: list(readers) for key, readers in self.readers_of_state.items()}
+        for task in self.of_stage("seal"):
             for key in task.after:
-                before = self.tasks[key]
-                next_block = task.expert == before.expert and task.block == before.block + 1
-                if (task.stage == "forward" and next_block) or (task.stage, before.stage) == (
-                    "seal",
-                    "write",
-                ):
-                    found[key].append(task.key)
+                found[key].append(task.key)
         return found
 
     def of_stage(self, stage: Stage) -> list[Task]:
@@ -221,9 +232,13 @@ class Plan:
         """Disk that tasks need in the work directory: what stays, and passing hidden states."""
         tasks = [self.tasks[key] for key in keys]
         passing = max(
-            (t.write_bytes - t.kept_bytes for t in tasks if t.stage == "forward"), default=0
+            (t.write_bytes - t.kept_bytes for t in tasks if t.stage in ("stem", "forward")),
+            default=0,
         )
-        return sum(task.kept_bytes for task in tasks) + 2 * len(self.experts) * passing
+        states = 2 * len(self.experts) * passing
+        if self.forward is not None and self.forward.mode == "replay":
+            states = sum(t.write_bytes - t.kept_bytes for t in tasks if t.stage == "forward")
+        return sum(task.kept_bytes for task in tasks) + states
 
     @property
     def output_bytes(self) -> int:
@@ -248,6 +263,22 @@ class Plan:
 @lru_cache(maxsize=1)
 def _adapter() -> TypeAdapter[Plan]:
     return TypeAdapter(Plan)
+
+
+def forward_key(plan: Plan, expert: str, matrix: Matrix) -> str:
+    """The task in which an expert's input of a matrix is observed."""
+    assert plan.forward is not None
+    return forward_task(plan.forward, expert, matrix.observed_in)
+
+
+def forward_task(forward: ForwardPlan, expert: str, where: str) -> str:
+    """The task that runs a block (or what is OUTSIDE) of an expert's forward."""
+    if forward.mode == "resident":
+        return f"forward/{expert}/{ALL}"
+    if where == OUTSIDE:
+        return f"forward/{expert}/{OUTSIDE}"
+    number = next(i for i, step in enumerate(forward.steps) if step.block == where)
+    return f"forward/{expert}/{number:04d}"
 
 
 def load_plan(path: Path) -> Plan:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from esm_stream import budget
 from esm_stream.calibration.sources import GENERIC
+from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.checkpoints.companions import model_files
 from esm_stream.checkpoints.header import TensorInfo
@@ -22,7 +23,15 @@ from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
 from esm_stream.methods.contract import SpectralMethod
 from esm_stream.planning.opening import Opened, source_of
-from esm_stream.planning.plan import ChainPlan, Matrix, Task, digest, topological
+from esm_stream.planning.plan import (
+    ALL,
+    ForwardPlan,
+    Matrix,
+    Task,
+    digest,
+    forward_task,
+    topological,
+)
 from esm_stream.planning.treatments import Treatments
 from esm_stream.write.shards import ShardLayout
 
@@ -41,12 +50,13 @@ class TaskBuilder:
         self,
         opened: Opened,
         treatments: Treatments,
-        chain: ChainPlan | None,
+        forward: ForwardPlan | None,
         layouts: Sequence[ShardLayout],
     ) -> None:
         self._opened = opened
         self._treatments = treatments
-        self._chain = chain
+        self._forward = forward
+        self._steps = tuple(step.block for step in forward.steps) if forward else ()
         self._layouts = layouts
         self._num_experts = len(opened.experts)
         self._fingerprints: dict[str, str] = {}
@@ -62,15 +72,24 @@ class TaskBuilder:
     # Forward ---------------------------------------------------------------------------------
 
     def _forward_stages(self) -> Iterator[Task]:
-        if self._chain is None:
+        if self._forward is None:
             return
-        for name in self._opened.experts:
+        experts = list(self._opened.experts)
+        for name in experts:
             yield self._inputs(name)
-        for name in self._opened.experts:
-            yield self._stem(name)
-        for block in range(self._chain.num_blocks):
-            for name in self._opened.experts:
-                yield self._forward(name, block)
+        if self._forward.mode == "resident":
+            for name in experts:
+                yield self._all_of(name)
+            return
+        if self._forward.mode == "chain":
+            for name in experts:
+                yield self._stem(name)
+        for block in range(len(self._forward.steps)):
+            for name in experts:
+                yield self._block(name, block)
+        if self._matrices_in(OUTSIDE):
+            for name in experts:
+                yield self._outside(name)
 
     def _inputs(self, expert: str) -> Task:
         settings = self._opened.manifest.calibration
@@ -92,93 +111,211 @@ class TaskBuilder:
         )
 
     def _stem(self, expert: str) -> Task:
-        assert self._chain is not None
+        assert self._forward is not None
         checkpoint = self._opened.experts[expert]
-        outside = self._stem_tensors()
-        hidden = self._hidden_bytes()
+        used = self._tensors_outside(checkpoint, self._forward.stem)
+        hidden = self._forward.steps[0].state_bytes
         return self._task(
             f"stem/{expert}",
             "stem",
             after=(f"inputs/{expert}",),
-            identity=[
-                self._chain,
-                checkpoint.config,
-                [checkpoint.identity(n) for n in outside],
-            ],
-            reads=tuple(outside),
+            identity=self._skeleton_identity(expert, self._forward.stem),
+            reads=tuple(used),
             writes=(f"hidden/{expert}/0000.safetensors", f"hidden/{expert}/arguments.safetensors"),
-            read_bytes=_sizes(checkpoint, self._converted(checkpoint, outside)),
+            read_bytes=_sizes(checkpoint, self._converted(checkpoint, used)),
             write_bytes=2 * hidden,
             kept_bytes=hidden,
-            peak_bytes=budget.TASK_OVERHEAD + 6 * hidden + self._cast_bytes(checkpoint, outside),
+            peak_bytes=budget.TASK_OVERHEAD + 6 * hidden + self._cast_bytes(checkpoint, used),
             expert=expert,
         )
 
-    def _forward(self, expert: str, block: int) -> Task:
-        assert self._chain is not None
-        checkpoint, chain = self._opened.experts[expert], self._chain
-        tensors = self._tensors_of_block(block)
-        matrices = [m for m in self._treatments.matrices.values() if m.moment and m.block == block]
-        number = list(self._opened.experts).index(expert)
-        before = [f"forward/{name}/{block - 1:04d}" for name in self._opened.experts]
-        arrays = sum(self._factor_bytes(m) for m in matrices)
-        hidden = self._hidden_bytes()
-        return self._task(
-            f"forward/{expert}/{block:04d}",
-            "forward",
-            after=(f"stem/{expert}", *(before if block else ())),
-            depends=(before[number],) if block else (f"stem/{expert}",),
-            identity=[
-                chain,
-                number,
-                checkpoint.config,
-                [checkpoint.identity(name) for name in tensors],
-                [self._opened.base.identity(p.tensor) for m in matrices for p in m.parts],
-                [[m.name, m.parts, m.rank, m.moment, m.leader] for m in matrices],
-                [_method_identity(m, "factor", self._num_experts) for m in matrices],
-            ],
-            reads=tuple(tensors),
-            writes=tuple(f"factors.zarr/{m.name}" for m in matrices),
-            read_bytes=_sizes(checkpoint, tensors)
-            + _sizes(self._opened.base, [p.tensor for m in matrices for p in m.parts]),
-            write_bytes=arrays + (hidden if block + 1 < chain.num_blocks else 0),
-            kept_bytes=arrays,
-            flops=sum(self._forward_flops(m) for m in matrices)
-            + 2.0 * self._hidden_tokens() * _numel(checkpoint, tensors),
-            peak_bytes=self._forward_peak(checkpoint, tensors, matrices, block),
-            expert=expert,
+    def _skeleton_identity(self, expert: str, parameters: Sequence[str]) -> list[object]:
+        """What decides a pass over what is outside the blocks."""
+        checkpoint = self._opened.experts[expert]
+        tensors = self._tensors_outside(checkpoint, parameters)
+        return [self._forward, checkpoint.config, [checkpoint.identity(n) for n in tensors]]
+
+    def _block(self, expert: str, block: int) -> Task:
+        """One block of one expert; in replay mode with a pass over the skeleton before it."""
+        assert self._forward is not None
+        step, chain = self._forward.steps[block], self._forward.mode == "chain"
+        experts = list(self._opened.experts)
+        if block:
+            before = [forward_task(self._forward, e, self._steps[block - 1]) for e in experts]
+        else:
+            before = [f"stem/{e}" if chain else f"inputs/{e}" for e in experts]
+        own = before[experts.index(expert)]
+        states = self._states_before(expert, block)
+        hidden = step.state_bytes if self._is_read(block) else 0
+        inside = self._tensors_of_block(step.block)
+        parameters = () if chain else self._forward.stem
+        stem = (f"stem/{expert}",) if chain else ()
+        return self._forward_task(
+            expert,
+            step.block,
+            after=(own, *(before if block else ()), *states, *stem),
+            depends=(own, *states),
+            identity=[] if chain else self._skeleton_identity(expert, self._forward.stem),
+            tensors=inside,
+            outside=parameters,
+            states=states or ((own,) if chain else ()),
+            hidden_bytes=hidden,
             block=block,
         )
 
-    def _forward_flops(self, m: Matrix) -> float:
+    def _outside(self, expert: str) -> Task:
+        """What is outside the blocks, on the outputs of all blocks."""
+        assert self._forward is not None
+        states = self._states_before(expert, len(self._forward.steps))
+        last = forward_task(self._forward, expert, self._steps[-1])
+        return self._forward_task(
+            expert,
+            OUTSIDE,
+            after=(f"inputs/{expert}", last, *states),
+            depends=(f"inputs/{expert}", last, *states),
+            identity=self._skeleton_identity(expert, self._forward.outside),
+            tensors=[],
+            outside=self._forward.outside,
+            states=states,
+            hidden_bytes=0,
+            subject=OUTSIDE,
+        )
+
+    def _all_of(self, expert: str) -> Task:
+        """The whole forward of one expert."""
+        assert self._forward is not None
+        inside = [name for block in self._steps for name in self._tensors_of_block(block)]
+        return self._forward_task(
+            expert,
+            ALL,
+            after=(f"inputs/{expert}",),
+            depends=(f"inputs/{expert}",),
+            identity=self._skeleton_identity(expert, self._forward.outside),
+            tensors=list(dict.fromkeys(inside)),
+            outside=self._forward.outside,
+            states=(),
+            hidden_bytes=0,
+            subject=ALL,
+        )
+
+    def _forward_task(
+        self,
+        expert: str,
+        where: str,
+        *,
+        after: Sequence[str],
+        depends: Sequence[str],
+        identity: list[object],
+        tensors: Sequence[str],
+        outside: Sequence[str],
+        states: Sequence[str],
+        hidden_bytes: int,
+        block: int = -1,
+        subject: str = "",
+    ) -> Task:
+        """A task of the forward with the matrices observed in it."""
+        assert self._forward is not None
+        checkpoint, base = self._opened.experts[expert], self._opened.base
+        used = self._tensors_outside(checkpoint, outside)
+        matrices = self._matrices_in(where)
+        parts = [p.tensor for m in matrices for p in m.parts]
+        # What is outside is looked up, not read; a matrix there is read for its update.
+        own = [*tensors, *(n for n in parts if n not in set(tensors))]
+        arrays = sum(self._factor_bytes(m) for m in matrices)
+        key = (
+            f"forward/{expert}/{ALL}"
+            if where == ALL
+            else forward_task(self._forward, expert, where)
+        )
+        return self._task(
+            key,
+            "forward",
+            after=tuple(dict.fromkeys(after)),
+            depends=tuple(dict.fromkeys(depends)),
+            identity=[
+                self._forward,
+                list(self._opened.experts).index(expert),
+                checkpoint.config,
+                identity,
+                [checkpoint.identity(name) for name in own],
+                [base.identity(name) for name in parts],
+                [[m.name, m.parts, m.rank, m.moment, m.leader] for m in matrices],
+                [_method_identity(m, "factor", self._num_experts) for m in matrices],
+            ],
+            reads=tuple(own),
+            writes=tuple(f"factors.zarr/{m.name}" for m in matrices),
+            read_bytes=_sizes(checkpoint, [*own, *self._converted(checkpoint, used)])
+            + _sizes(base, parts),
+            write_bytes=arrays + hidden_bytes,
+            kept_bytes=arrays,
+            flops=sum(self._moment_flops(m) for m in matrices)
+            + 2.0 * self._hidden_tokens() * _numel(checkpoint, tensors),
+            peak_bytes=self._forward_peak(checkpoint, tensors, used, matrices, states),
+            expert=expert,
+            block=block,
+            subject=subject,
+            states=tuple(states),
+        )
+
+    def _states_before(self, expert: str, block: int) -> tuple[str, ...]:
+        """Tasks whose outputs a pass up to a block needs: all but those only handed on."""
+        assert self._forward is not None
+        if self._forward.mode == "chain" and block < len(self._forward.steps):
+            return ()
+        return tuple(
+            forward_task(self._forward, expert, step.block)
+            for number, step in enumerate(self._forward.steps[:block])
+            if not step.handed_on or number + 1 == block
+        )
+
+    def _is_read(self, block: int) -> bool:
+        """Whether any task needs a block's output."""
+        assert self._forward is not None
+        last = block + 1 == len(self._forward.steps)
+        return not last or bool(self._matrices_in(OUTSIDE))
+
+    def _matrices_in(self, where: str) -> list[Matrix]:
+        matrices = [m for m in self._treatments.matrices.values() if m.moment]
+        return matrices if where == ALL else [m for m in matrices if m.observed_in == where]
+
+    def _moment_flops(self, m: Matrix) -> float:
         tokens, side = self._hidden_tokens(), m.inputs if m.moment == "input" else m.outputs
         shift = 2.0 * tokens * m.outputs * m.inputs if m.moment == "shift" else 0.0
         return shift + 2.0 * tokens * side * side + budget.basis_flops(m.outputs, m.inputs, m.rank)
 
     def _forward_peak(
-        self, checkpoint: Checkpoint, tensors: Sequence[str], matrices: Sequence[Matrix], block: int
+        self,
+        checkpoint: Checkpoint,
+        tensors: Sequence[str],
+        outside: Sequence[str],
+        matrices: Sequence[Matrix],
+        states: Sequence[str],
     ) -> int:
-        """Block (if converted), hidden states, all moments, one matrix being factored."""
-        assert self._opened.chain is not None
-        assert self._chain is not None
-        sides: dict[object, int] = {}
+        """Block (if converted), hidden states, all moments, one matrix being factored.
+
+        Of the whole forward (resident) the largest block counts, and all passes wait with a state.
+        """
+        assert self._forward is not None
+        whole = self._forward.mode == "resident"
+        groups: dict[str, list[Matrix]] = {}
         for m in matrices:
-            kind = str(m.moment)
-            key = m.leader if kind == "input" else m.name
-            sides[key] = budget.moment_bytes(kind, m.outputs, m.inputs)
-            if kind == "shift":
-                sides[f"{m.name} update"] = m.outputs * m.inputs * budget.F64
-        widest = max(
-            (max(m.layout.outputs, m.layout.inputs) for m in self._opened.chain.matrices[block]),
-            default=self._chain.width,
-        )
+            groups.setdefault(m.observed_in, []).append(m)
+        moments = {where: _moments_bytes(group) for where, group in groups.items()}
+        kept = moments.pop(OUTSIDE, 0) if whole else 0
+        casts = [self._cast_bytes(checkpoint, tensors)]
+        if whole:
+            casts = [self._cast_bytes(checkpoint, self._tensors_of_block(b)) for b in self._steps]
+        largest = max((s.state_bytes for s in self._forward.steps), default=0)
+        widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
         activations = self._micro_batch_tokens() * widest * budget.F32 * ACTIVATION_BUFFERS
         factoring = max((budget.basis_bytes(m.outputs, m.inputs) for m in matrices), default=0)
         return (
             budget.TASK_OVERHEAD
-            + self._cast_bytes(checkpoint, tensors)
-            + 4 * self._hidden_bytes()
-            + sum(sides.values())
+            + max(casts, default=0)
+            + self._cast_bytes(checkpoint, self._converted(checkpoint, outside))
+            + max(4, len(states) + 2) * largest
+            + kept
+            + max(moments.values(), default=0)
             + max(activations, factoring)
         )
 
@@ -270,7 +407,9 @@ class TaskBuilder:
         columns = m.rank * self._num_experts
         combine = budget.combine_bytes(m.outputs, m.inputs, columns)
         if m.moment:
-            after = tuple(f"forward/{e}/{m.block:04d}" for e in self._opened.experts)
+            assert self._forward is not None
+            forward = self._forward
+            after = tuple(forward_task(forward, e, m.observed_in) for e in self._opened.experts)
             read, peak, flops = 0, combine, 0.0
             identity: list[object] = []
         else:
@@ -430,30 +569,28 @@ class TaskBuilder:
         self._fingerprints[key] = fingerprint
         return Task(key=key, stage=stage, after=after, fingerprint=fingerprint, **rest)  # type: ignore[arg-type]
 
-    def _tensors_of_block(self, block: int) -> list[str]:
+    def _tensors_of_block(self, block: str) -> list[str]:
         assert self._opened.skeleton is not None
-        assert self._chain is not None
-        module = f"{self._chain.prefix}.{block}"
-        return list(self._opened.skeleton.tensors_of(module))
+        return list(self._opened.skeleton.tensors_of(block))
 
-    def _stem_tensors(self) -> list[str]:
+    def _tensors_outside(self, checkpoint: Checkpoint, parameters: Sequence[str]) -> list[str]:
+        """Tensors of parameters and persistent buffers outside the blocks, as far as there are."""
         assert self._opened.skeleton is not None
-        assert self._chain is not None
-        return list(self._opened.skeleton.tensors_for(self._chain.stem))
+        skeleton = self._opened.skeleton
+        inside = tuple(f"{name}." for name in self._steps)
+        buffers = [n for n in skeleton.persistent_buffers() if not n.startswith(inside)]
+        found = skeleton.tensors_for([*parameters, *buffers])
+        return [name for name in found if name in checkpoint.tensors]
 
     def _hidden_tokens(self) -> int:
-        assert self._chain is not None
-        return self._opened.manifest.calibration.samples * self._chain.tokens_per_sample
+        assert self._forward is not None
+        return self._opened.manifest.calibration.samples * self._forward.tokens_per_sample
 
     def _micro_batch_tokens(self) -> int:
         from esm_stream.calibration.proxies import MICRO_BATCH_TOKENS
 
-        assert self._chain is not None
-        return max(MICRO_BATCH_TOKENS, self._chain.tokens_per_sample)
-
-    def _hidden_bytes(self) -> int:
-        assert self._chain is not None
-        return self._hidden_tokens() * self._chain.width * budget.F32
+        assert self._forward is not None
+        return max(MICRO_BATCH_TOKENS, self._forward.tokens_per_sample)
 
     def _factor_bytes(self, m: Matrix) -> int:
         """Stored factors of one expert."""
@@ -499,6 +636,18 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
             f"budget is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). "
             f"Raise [run] memory or --memory{smaller if largest.stage == 'merge' else ''}."
         )
+
+
+def _moments_bytes(matrices: Iterable[Matrix]) -> int:
+    """All moments of one block, inputs shared by several matrices once."""
+    sides: dict[object, int] = {}
+    for m in matrices:
+        kind = str(m.moment)
+        key = m.leader if kind == "input" else m.name
+        sides[key] = budget.moment_bytes(kind, m.outputs, m.inputs)
+        if kind == "shift":
+            sides[f"{m.name} update"] = m.outputs * m.inputs * budget.F64
+    return sum(sides.values())
 
 
 def _groups(

@@ -8,10 +8,12 @@ that the profile says not to merge are copied; the method's own matrices go to i
 `other_matrices`; everything else is averaged.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.names import (
     block_of,
@@ -52,6 +54,12 @@ class Seen:
     leader: str
     transposed: bool
     shared: bool
+    block: str
+
+    @property
+    def in_block(self) -> bool:
+        """Whether the matrix belongs to a block."""
+        return self.block != OUTSIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +295,9 @@ class Treatments:
         if info.ndim != 2:
             return False
         in_block = (
-            info.name in self.observed if method.uses_moments else block_of(info.name) is not None
+            self._seen_in_block(info.name)
+            if method.uses_moments
+            else block_of(info.name) is not None
         )
         if not in_block or profile.targets == "all":
             return in_block
@@ -296,6 +306,9 @@ class Treatments:
         if profile.fuse_qkv and "qkv" in wanted:
             wanted |= {"q", "k", "v"}
         return kind in wanted or IMPLIED_KINDS.get(str(kind)) in wanted
+
+    def _seen_in_block(self, name: str) -> bool:
+        return name in self.observed and self.observed[name].in_block
 
     def _why_other(self, info: TensorInfo) -> str:
         if info.ndim != 2:
@@ -335,6 +348,7 @@ class Treatments:
             scaled=self.profile is not None and "layer" in self.profile.levels,
             moment=moment,  # type: ignore[arg-type]
             leader=leader,
+            observed_in=seen.block if seen else OUTSIDE,
         )
 
 
@@ -352,19 +366,20 @@ def _number(value: object) -> float:
 
 def observed_tensors(opened: Opened) -> dict[str, Seen]:
     """Stored matrices whose inputs hooks see, by tensor name."""
-    if opened.chain is None or opened.skeleton is None:
+    if opened.trace is None or opened.skeleton is None:
         return {}
     found = {}
-    for block in opened.chain.matrices:
-        users = [matrix.leader for matrix in block]
-        for matrix in block:
+    for block, matrices in opened.trace.matrices.items():
+        users = Counter(matrix.leader for matrix in matrices)
+        for matrix in matrices:
             tensor = opened.skeleton.stored.get(matrix.parameter)
             if tensor is not None and matrix.stack is None:
                 found[tensor] = Seen(
                     matrix.key,
                     matrix.leader,
                     matrix.layout.transposed,
-                    users.count(matrix.leader) > 1,
+                    users[matrix.leader] > 1,
+                    block,
                 )
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.methods import create
 from esm_stream.methods.esm import Esm
-from esm_stream.planning.plan import Matrix, Plan
+from esm_stream.planning.plan import Matrix, Plan, forward_key
 from esm_stream.store.work import WorkDirectory
 
 # Above this, small differences of the inputs decide directions of the result (methods.md 1.3).
@@ -75,12 +75,12 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _calibration(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
-    if plan.chain is None:
+    if plan.forward is None:
         return {}
     return {
         name: {
             **{k: v for k, v in directory.results(f"inputs/{name}").items() if "bytes" not in k},
-            "tokens": directory.results(f"stem/{name}")["tokens"],
+            "tokens": _tokens(plan, directory, name),
         }
         for name in plan.experts
     }
@@ -95,6 +95,13 @@ def _few_samples(plan: Plan, directory: WorkDirectory) -> list[str]:
         for name, count in drawn.items()
         if count < wanted
     ]
+
+
+def _tokens(plan: Plan, directory: WorkDirectory, expert: str) -> int:
+    """Positions that matrices have seen of an expert's samples; the most of any matrix."""
+    matrices = [matrix for matrix in plan.matrices.values() if matrix.moment]
+    found = (directory.results(forward_key(plan, expert, m))[m.name]["tokens"] for m in matrices)
+    return max(found, default=0)
 
 
 def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
     }
     if matrix.moment:
         per_expert = {
-            name: directory.results(f"forward/{name}/{matrix.block:04d}")[matrix.name]
+            name: directory.results(forward_key(plan, name, matrix))[matrix.name]
             for name in plan.experts
         }
         found["update_norms"] = {name: v["norm"] for name, v in per_expert.items()}

@@ -55,6 +55,11 @@ class Context:
             self._views[model, name] = self.reader(model).tensor(name)
         return self._views[model, name]
 
+    def drop_pages(self) -> None:
+        """Let pages of the files read so far leave this process; tensors stay valid."""
+        for reader in self._readers.values():
+            reader.drop()
+
     @property
     def bytes_read(self) -> dict[str, int]:
         """Bytes of tensors that this task read from the base and from experts."""

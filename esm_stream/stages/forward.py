@@ -1,144 +1,229 @@
-"""Stage 3: one block of one expert: hidden states through it, moments by hooks, factors out.
+"""Stage 3: one expert's forward on its proxies, moments by hooks, factors out.
 
-From:  hidden states before the block, the block's weights in expert and base.
-To:    factors.zarr (basis, coordinates, spectrum of every matrix), hidden states after the block.
-Peak:  moments of the block's distinct inputs, hidden states in and out, one matrix being factored;
-       the weights are read in place unless they have to be converted or moved to a GPU.
+From:  the expert's and the base's weights; in chain mode the hidden states before the block and its
+       recorded arguments, in replay mode model inputs and the outputs of earlier blocks.
+To:    factors.zarr of every matrix observed, the block's output for the tasks that come after.
+Peak:  moments of the distinct inputs, hidden states in and out, one matrix being factored; weights
+       are read in place unless they have to be converted or moved to a GPU.
+
+A task is one block (chain, replay), what is outside the blocks, or the whole forward (resident).
 """
 
-import math
-from collections.abc import Callable
+from collections import Counter
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from esm_stream.calibration.arguments import load_batches, load_calls, save_batches
-from esm_stream.calibration.chain import run_call
+from esm_stream.calibration.arguments import (
+    HIDDEN,
+    Call,
+    load_batches,
+    load_value,
+    load_values,
+    save_values,
+)
 from esm_stream.calibration.hooks import observe_inputs
-from esm_stream.calibration.moments import InputMoment, ShiftMoment
-from esm_stream.calibration.skeleton import move_buffers, with_tensors
-from esm_stream.methods import factor_method
-from esm_stream.methods.contract import Moment
-from esm_stream.planning.plan import Matrix
-from esm_stream.stages.context import BASE, Context, TaskResult, blame, is_finite
-from esm_stream.stages.stem import expert_skeleton
+from esm_stream.calibration.passes import PassEndedError, blocks_answered, run_pass
+from esm_stream.calibration.steps import OUTSIDE
+from esm_stream.calibration.suspended import Request, SuspendedPass
+from esm_stream.calibration.trace import stand_in
+from esm_stream.errors import UnsupportedModelError
+from esm_stream.planning.plan import ALL
+from esm_stream.stages.context import Context, TaskResult
+from esm_stream.stages.expert import Expert
+from esm_stream.stages.observation import Observation
 from esm_stream.stopping import check
-from esm_stream.subspace.basis import frobenius_norm
-
-Moments = dict[str, InputMoment | ShiftMoment]
 
 
 def run(context: Context) -> TaskResult:
-    """Run one block of one expert on all its micro-batches and factor its matrices."""
-    task, chain, record = context.task, context.plan.chain, context.directory.record
-    assert chain is not None
-    matrices = [m for m in context.plan.matrices.values() if m.moment and m.block == task.block]
-    moments = _empty_moments(context, matrices)
-    states = _run_block(context, _observers(matrices, moments))
-    result = TaskResult()
-    if task.block + 1 < chain.num_blocks:
-        path = context.directory.hidden(task.expert, task.block + 1)
-        save_batches(path, states)
-        result.outputs.append(record(path, transient=True))
-    del states
-    while matrices:
-        check()
-        matrix = matrices.pop(0)
-        moment = moments[_moment_key(matrix)].result()
-        values = _factor(context, matrix, moment, result)
-        result.values[matrix.name] = values
-        if all(_moment_key(m) != _moment_key(matrix) for m in matrices):
-            del moments[_moment_key(matrix)]
+    """Run the part of one expert's forward that the task is about, and factor its matrices."""
+    task, result = context.task, TaskResult()
+    if task.subject == ALL:
+        _run_all(context, result)
+    elif task.subject == OUTSIDE:
+        _run_outside(context, result)
+    else:
+        _run_block(context, result)
     return result
 
 
-def _moment_key(matrix: Matrix) -> str:
-    """Input moments belong to the observed matrix, maybe shared; shift moments to the matrix."""
-    return str(matrix.leader) if matrix.moment == "input" else f"shift of {matrix.name}"
+def _observation(context: Context, where: str) -> Observation:
+    """Moments of the matrices of a block, or of those outside."""
+    matrices = context.plan.matrices.values()
+    return Observation(context, [m for m in matrices if m.moment and m.observed_in == where])
 
 
-def _empty_moments(context: Context, matrices: list[Matrix]) -> Moments:
-    moments: Moments = {}
-    for matrix in matrices:
-        key = _moment_key(matrix)
-        if matrix.moment == "shift":
-            moments[key] = ShiftMoment(context.update(context.task.expert, matrix))
-        elif key not in moments:
-            moments[key] = InputMoment(matrix.inputs, context.device)
-    return moments
+# One block ------------------------------------------------------------------------------------
 
 
-def _observers(
-    matrices: list[Matrix], moments: Moments
-) -> dict[str, list[Callable[[Tensor], None]]]:
-    """What to call with the input of each observed matrix."""
-    observers: dict[str, dict[str, Callable[[Tensor], None]]] = {}
-    for matrix in matrices:
-        key = _moment_key(matrix)
-        observers.setdefault(str(matrix.leader), {})[key] = moments[key].add
-    return {key: list(calls.values()) for key, calls in observers.items()}
+def _run_block(context: Context, result: TaskResult) -> None:
+    task, directory = context.task, context.directory
+    expert = Expert(context)
+    step = expert.forward.steps[task.block]
+    observation = _observation(context, step.block)
+    block = expert.block(step.block)
+    compute = partial(expert.compute, step.block, block)
+    with _seen_by(observation, block, step.block):
+        if expert.forward.mode == "chain":
+            outputs = _in_chain(context, compute)
+        else:
+            outputs = _in_replay(context, expert, compute)
+    del block, compute
+    if context.plan.readers_of_state[task.key]:
+        path = directory.hidden(task.expert, task.block + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_values(path, outputs)
+        result.outputs.append(directory.record(path, transient=True))
+    del outputs
+    observation.factor(result)
 
 
-def _run_block(
-    context: Context, observers: dict[str, list[Callable[[Tensor], None]]]
-) -> list[dict[str, Tensor]]:
-    """Hidden states after the block, micro-batch by micro-batch; hooks fill the moments."""
-    task, chain, directory = context.task, context.plan.chain, context.directory
-    assert chain is not None
-    name = f"{chain.prefix}.{task.block}"
-    block = _load_block(context, name)
+def _in_chain(context: Context, compute: Any) -> list[Any]:  # noqa: ANN401
+    """Outputs of the task's block: the hidden state alone, all micro-batches."""
+    task, directory = context.task, context.directory
+    calls: list[Call] = load_value(directory.arguments(task.expert), task.block)
+    states = load_values(directory.hidden(task.expert, task.block))
+    outputs = []
+    for call in calls:
+        check()
+        args, kwargs = _with_hidden(call, states.pop(0))
+        output = compute(args, kwargs)
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+    return outputs
 
-    def observe(key: str, x: Tensor) -> None:
-        for add in observers[key]:
-            add(x)
 
-    calls = load_calls(directory.arguments(task.expert), task.block)
-    before = load_batches(directory.hidden(task.expert, task.block))
-    after = []
-    with observe_inputs(block, observe, observers, name):
-        for call, batch in zip(calls, before, strict=True):
+def _with_hidden(call: Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Recorded arguments with the hidden state in its place."""
+    args = tuple(hidden if value is HIDDEN else value for value in call.args)
+    return args, {k: hidden if value is HIDDEN else value for k, value in call.kwargs.items()}
+
+
+def _in_replay(context: Context, expert: Expert, compute: Any) -> list[Any]:  # noqa: ANN401
+    """Whole outputs of the task's block, reached by a forward with stored outputs."""
+    outputs: list[Any] = []
+    number = context.task.block
+
+    def finish(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        outputs.append(compute(args, kwargs))
+        raise PassEndedError
+
+    _replay(context, expert, expert.model(), {number: finish})
+    return outputs
+
+
+def _replay(context: Context, expert: Expert, model: Any, answers: dict[int, Any]) -> list[Any]:  # noqa: ANN401
+    """Run the forward on all micro-batches, with stored outputs for the blocks before the task's.
+
+    Outputs that only the next block reads are not needed again, and stood in for.
+    """
+    directory, name, steps = context.directory, context.task.expert, expert.forward.steps
+    last = context.task.block if context.task.block >= 0 else len(steps)
+    results = []
+    with blocks_answered(model, expert.block_names):
+        for index, batch in enumerate(load_batches(directory.inputs(name))):
             check()
-            output = run_call(block, call, batch.pop("hidden").to(context.device), context.device)
-            hidden = output if isinstance(output, Tensor) else output[0]
-            if not is_finite(hidden):
-                raise blame(
-                    context,
-                    task.reads,
-                    f'block {task.block} of expert "{task.expert}" gives NaN or Inf on its '
-                    'calibration samples; try [calibration] dtype = "float32"',
+
+            def answer(
+                number: int,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                index: int = index,
+            ) -> Any:  # noqa: ANN401
+                if number in answers:
+                    return answers[number](args, kwargs)
+                step = steps[number]
+                if step.handed_on and number + 1 != last:
+                    return stand_in(step, args, kwargs)
+                stored = load_value(directory.hidden(name, number + 1), index)
+                if expert.forward.mode == "chain" and step.extra >= 0:
+                    return (stored, *([None] * step.extra))
+                return stored
+
+            results.append(run_pass(model, expert.inputs(batch), answer))
+    return results
+
+
+# What is outside the blocks -------------------------------------------------------------------
+
+
+def _run_outside(context: Context, result: TaskResult) -> None:
+    expert = Expert(context)
+    observation = _observation(context, OUTSIDE)
+    model = expert.model()
+    with _seen_by(observation, model):
+        _replay(context, expert, model, {})
+    observation.factor(result)
+
+
+# Everything -----------------------------------------------------------------------------------
+
+
+def _run_all(context: Context, result: TaskResult) -> None:
+    """All blocks of one expert: every micro-batch waits at each block until all have come to it."""
+    expert = Expert(context)
+    model = expert.model()
+    outside = _observation(context, OUTSIDE)
+    batches = load_batches(context.directory.inputs(context.task.expert))
+    passes = [SuspendedPass(partial(run_pass, model, expert.inputs(b))) for b in batches]
+    with ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(devices=[]))
+        undo.enter_context(blocks_answered(model, expert.block_names))
+        undo.enter_context(_seen_by(outside, model))
+        for one in passes:
+            undo.callback(one.abandon)
+            check()
+            one.start()
+        _run_in_step(context, expert, model, passes, result)
+    outside.factor(result)
+
+
+def _run_in_step(
+    context: Context,
+    expert: Expert,
+    model: PreTrainedModel,
+    passes: list[SuspendedPass],
+    result: TaskResult,
+) -> None:
+    """Load one block after the other and answer all passes that wait for it."""
+    steps = expert.forward.steps
+    open_: dict[int, Observation] = {}
+    done: Counter[int] = Counter()
+    while any(one.request for one in passes):
+        number = min(one.request.number for one in passes if one.request)
+        step = steps[number]
+        if number not in open_:
+            if done[number]:
+                raise UnsupportedModelError(
+                    f"'{step.block}' is called more often for some samples than for others; give "
+                    "samples of one length"
                 )
-            after.append({"hidden": hidden.cpu()})
-    return after
+            open_[number] = _observation(context, step.block)
+        observation = open_[number]
+        block = expert.block(step.block, model)
+
+        def compute(request: Request, block: nn.Module = block, name: str = step.block) -> Any:  # noqa: ANN401
+            return expert.compute(name, block, request.args, request.kwargs)
+
+        with _seen_by(observation, block, step.block):
+            # One pass after the other, so that sums are added up as the plain model's would be.
+            for one in passes:
+                while one.request and one.request.number == number:
+                    check()
+                    one.proceed(compute)
+                    done[number] += 1
+        if done[number] >= step.calls * len(passes):
+            open_.pop(number).factor(result)
+        context.drop_pages()
+    for observation in open_.values():
+        observation.factor(result)
 
 
-def _load_block(context: Context, name: str) -> nn.Module:
-    """The block with the expert's weights: in place on the CPU, copied to a GPU."""
-    skeleton = expert_skeleton(context, context.task.expert)
-
-    def read(tensor: str) -> Tensor:
-        return context.tensor(context.task.expert, tensor).to(context.device)
-
-    block = with_tensors(skeleton.model.get_submodule(name), skeleton.load(name, read))
-    move_buffers(block, context.device)
-    return block
-
-
-def _base_norm(context: Context, matrix: Matrix) -> float:
-    """Frobenius norm of the base's matrix, to judge how large the update is."""
-    return math.hypot(*(frobenius_norm(context.tensor(BASE, p.tensor)) for p in matrix.parts))
-
-
-def _factor(
-    context: Context, matrix: Matrix, moment: Moment, result: TaskResult
-) -> dict[str, float | int]:
-    """Factor one expert's update of one matrix and store it; returns its norm, rank, tokens."""
-    plan, expert = context.plan, context.task.expert
-    method = factor_method(matrix.method)
-    factors = method.factor(context.update(expert, matrix), moment, len(plan.experts))
-    written = context.store.write_factors(matrix.name, plan.expert_names.index(expert), factors)
-    result.outputs += [context.directory.record(path) for path in written]
-    return {
-        "norm": factors.norm,
-        "base_norm": _base_norm(context, matrix),
-        "rank": int(factors.basis_OK.shape[1]),
-        "tokens": moment.tokens,
-    }
+def _seen_by(
+    observation: Observation, root: nn.Module, name: str = ""
+) -> AbstractContextManager[None]:
+    """While active, the observation sees what its matrices in a module are multiplied with."""
+    return observe_inputs(root, observation.see, observation.keys, name)

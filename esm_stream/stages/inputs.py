@@ -17,8 +17,8 @@ def run(context: Context) -> TaskResult:
     manifest = Manifest.model_validate(context.plan.manifest)
     expert = {e.name: e for e in manifest.experts}[context.task.expert]
     source = manifest.calibration_of(expert) or GENERIC
-    assert context.plan.chain is not None
-    tokens = context.plan.chain.tokens_per_sample
+    assert context.plan.forward is not None
+    tokens = context.plan.forward.tokens_per_sample
     try:
         proxies = read_proxies(source, manifest.calibration, context.plan.base, tokens)
     except InputError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esm_stream.methods import is_factor_method, method_of
 from esm_stream.methods.contract import FactorMethod, Factors, Merged, SpectralMethod
-from esm_stream.planning.plan import Matrix
+from esm_stream.planning.plan import Matrix, forward_key
 from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stopping import check
 from esm_stream.subspace.basis import frobenius_norm
@@ -70,7 +70,7 @@ def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
     """Factors that the forward stage stored, in manifest order, on the device."""
     for number, expert in enumerate(context.plan.expert_names):
         check()
-        key = f"forward/{expert}/{matrix.block:04d}"
+        key = forward_key(context.plan, expert, matrix)
         values = context.directory.results(key)[matrix.name]
         found = context.store.read_factors(matrix.name, number, values["rank"], values["norm"])
         yield Factors(

@@ -12,7 +12,7 @@ from pathlib import Path
 SAMPLE_SECONDS = 0.01
 IMPORTS = (
     "import torch, transformers, zarr, distributed;"
-    "from esm_stream import engine; from esm_stream.calibration import skeleton, chain;"
+    "from esm_stream import engine; from esm_stream.calibration import skeleton, trace;"
     "from transformers.models.llama import modeling_llama"
 )
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esm_stream.calibration.steps import Step
 from esm_stream.planning.plan import (
-    ChainPlan,
+    ForwardPlan,
     Matrix,
     MethodChoice,
     Part,
@@ -182,7 +183,9 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         shard_size=5,
         memory=7,
         modality="language",
-        chain=ChainPlan("layers", 2, "tuple", 16, 12, "bfloat16", ("embed.weight",)),
+        forward=ForwardPlan(
+            "chain", "", (Step("layers.0"), Step("layers.1")), 12, "bfloat16", ("embed.weight",), ()
+        ),
         matrices={"m": matrix},
         tensors={"t": TensorPlan("t", "factors", 1.5, choice, "m", "target")},
         tasks={

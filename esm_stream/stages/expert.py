@@ -1,0 +1,135 @@
+"""One expert's model as a stage runs it: blocks loaded whole, everything else when it is used."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from esm_stream.calibration.arguments import map_tensors
+from esm_stream.calibration.lazy import load_when_used
+from esm_stream.calibration.passes import own_copy
+from esm_stream.calibration.skeleton import (
+    Skeleton,
+    build_skeleton,
+    move_buffers,
+    put_tensor,
+)
+from esm_stream.planning.plan import ForwardPlan
+from esm_stream.stages.context import Context, blame, is_finite
+
+
+class Expert:
+    """The model of the task's expert; everything outside the blocks runs on the CPU."""
+
+    def __init__(self, context: Context) -> None:
+        assert context.plan.forward is not None
+        self.forward: ForwardPlan = context.plan.forward
+        self._context = context
+        self._dtype: torch.dtype = getattr(torch, self.forward.dtype)
+        self._skeleton = _skeleton(context, self._dtype)
+        self._converted: dict[str, Tensor] = {}
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Modules of all blocks, in order of the forward."""
+        return tuple(step.block for step in self.forward.steps)
+
+    def model(self) -> PreTrainedModel:
+        """The whole model; parameters are read when they are used, embeddings row by row."""
+        model = copy.deepcopy(self._skeleton.model)
+        inside = tuple(f"{name}." for name in self.block_names)
+        for name in self._skeleton.persistent_buffers():
+            if not name.startswith(inside) and name in self._skeleton.stored:
+                put_tensor(model, name, self._value(name))
+        load_when_used(model, self._value)
+        return model
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Model inputs in the forward's dtype."""
+        return {k: v.to(self._dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+    def block(self, name: str, model: PreTrainedModel | None = None) -> nn.Module:
+        """A block with the expert's weights: in place on the CPU, copied to a GPU.
+
+        Args:
+            name: Full name of the block.
+            model: One that `model` made, for a block with the settings that a forward gave it.
+        """
+        context, device = self._context, self._context.device
+
+        def read(tensor: str) -> Tensor:
+            return context.tensor(context.task.expert, tensor).to(device)
+
+        values = self._skeleton.load(name, read)
+        block = own_copy((model or self._skeleton.model).get_submodule(name))
+        for local, value in values.items():
+            put_tensor(block, local, value)
+        move_buffers(block, device)
+        return block
+
+    def compute(
+        self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:  # noqa: ANN401 - whatever the block returns
+        """A block's output, on the CPU.
+
+        Raises:
+            DataError: It holds NaN or Inf.
+        """
+        device = self._context.device
+        here: Callable[[Tensor], Tensor] = lambda value: value.to(device)  # noqa: E731
+        with torch.no_grad():
+            output = block(*map_tensors(args, here), **map_tensors(kwargs, here))
+        output = map_tensors(output, Tensor.cpu)
+        self._require_finite(name, output)
+        return output
+
+    def _value(self, parameter: str) -> Tensor:
+        """A parameter outside the blocks, in place where it is stored as it is used."""
+        if parameter in self._converted:
+            return self._converted[parameter]
+        reader, skeleton = self._context.reader(self._context.task.expert), self._skeleton
+        if parameter in skeleton.stored:
+            value = reader.lookup(skeleton.stored[parameter])
+            if value.dtype == skeleton.dtypes[parameter]:
+                return value
+        found = skeleton.values([parameter], reader.tensor)
+        self._converted |= found
+        return found[parameter]
+
+    def _require_finite(self, name: str, output: Any) -> None:  # noqa: ANN401
+        task = self._context.task
+        found: list[Tensor] = []
+        map_tensors(output, found.append)
+        if not all(is_finite(value) for value in found if value.is_floating_point()):
+            raise blame(
+                self._context,
+                task.reads,
+                f"block '{name}' of expert \"{task.expert}\" gives NaN or Inf on its calibration "
+                'samples; try [calibration] dtype = "float32"',
+            )
+
+    def require_finite_inputs(self, hidden: Tensor) -> None:
+        """Refuse a first hidden state with NaN or Inf.
+
+        Raises:
+            DataError: Naming a tensor that is to blame, or the samples.
+        """
+        expert = self._context.task.expert
+        if not is_finite(hidden):
+            raise blame(
+                self._context,
+                self._context.task.reads,
+                f'what precedes block 0 of expert "{expert}" gives NaN or Inf on its calibration '
+                "samples; check the samples",
+            )
+
+
+def _skeleton(context: Context, dtype: torch.dtype) -> Skeleton:
+    """The skeleton of the expert by its own configuration (the base's if it has none)."""
+    checkpoint = context.reader(context.task.expert).checkpoint
+    root = checkpoint.root if checkpoint.config else context.plan.base
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return build_skeleton(root, shapes, dtype)
