@@ -470,8 +470,12 @@ def _all_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _lookup_of_constant(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
     """A lookup that gives what the table would; torch would first copy the whole table."""
-    width, dtype = module.embedding_dim, module.weight.dtype
-    return lambda ids: constant((*ids.shape, width), dtype).clone()
+
+    def look_up(ids: Tensor) -> Tensor:
+        table = module.weight  # notes that it is used
+        return constant((*ids.shape, table.shape[1]), table.dtype).clone()
+
+    return look_up
 
 
 def _to_meta(value: Tensor) -> Tensor:
