@@ -25,8 +25,11 @@ class InputMoment:
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Add the inputs of one forward, shape (..., I), any float dtype."""
-        rows_NI = x.reshape(-1, x.shape[-1]).float()
+        """Add the inputs of one forward, shape (..., I), any float dtype.
+
+        The bits do not depend on the order in which x lies in memory.
+        """
+        rows_NI = x.reshape(-1, x.shape[-1]).float().contiguous()
         for chunk_NI in rows_NI.split(CHUNK_ROWS):
             self._sum_II += chunk_NI.T @ chunk_NI
         self._tokens += rows_NI.shape[0]
@@ -51,7 +54,7 @@ class ShiftMoment:
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of one forward, shape (..., I), any float dtype."""
-        rows_NI = x.reshape(-1, x.shape[-1])
+        rows_NI = x.reshape(-1, x.shape[-1]).contiguous()
         for chunk_NI in rows_NI.split(CHUNK_ROWS):
             shift_NO = chunk_NI.double() @ self._update_IO
             self._sum_OO += shift_NO.T @ shift_NO

@@ -582,7 +582,13 @@ STATES = {
     ),
     "rwkv": Architecture(
         "RwkvForCausalLM",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
+        # It would divide weights of later blocks in place; such models are refused.
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "rescale_every": 0,
+        },
     ),
 }
 
