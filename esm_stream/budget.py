@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 from esm_stream.errors import ManifestError
+from esm_stream.subspace.sizes import PANEL_ROWS, TYPICAL_SHIFTS, block_of_band, is_banded
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -119,30 +120,53 @@ def basis_flops(outputs: int, inputs: int, rank: int) -> float:
     return products + eigh_flops(side) + 4.0 * outputs * inputs * rank
 
 
-def combine_bytes(outputs: int, inputs: int, columns: int) -> int:
+def combine_bytes(outputs: int, inputs: int, columns: int, *, forms_stacks: bool) -> int:
     """Peak of combining all experts' factors; `columns` is the sum of their ranks.
 
-    The stored factors in float32, and the larger of: polar factor of the stacked bases, of the
-    stacked coordinates beside it, and their product; each by the SVD that a nearly singular stack
-    needs (a copy, both singular bases and the workspace).
+    The coordinates as read, in float32; the largest of: the root of the bases beside the stacked
+    coordinates, that of the coordinates, and the product; the update in float32. `forms_stacks`:
+    the same with both stacks and their singular vectors at hand.
     """
     left, right = min(outputs, columns), min(inputs, columns)
     bases, coordinates = outputs * columns, columns * inputs
-    numbers = max(
-        4 * bases + 6 * left**2,
-        bases + 4 * coordinates + 6 * right**2,
-        bases + coordinates + 2 * outputs * inputs,
-    )
-    return (bases + coordinates) * F32 + numbers * F64
+    if forms_stacks:
+        numbers = max(
+            4 * bases + 6 * left**2,
+            bases + 4 * coordinates + 6 * right**2,
+            bases + coordinates + 2 * outputs * inputs,
+        )
+        return (bases + coordinates) * F32 + numbers * F64
+    panel = PANEL_ROWS * max(columns, inputs) + outputs * columns * (outputs < columns) // 2
+    left_work, left_kept = root_numbers(left, right)
+    right_work, right_kept = root_numbers(right, columns)
+    inner = columns * right if columns <= inputs else coordinates
+    spread = outputs * right if outputs < columns else 0
+    product = left_kept + right_kept + coordinates + 2 * inner + spread + 4 * PANEL_ROWS * left
+    numbers = max(coordinates + left_work, coordinates + left_kept + right_work, product)
+    return (coordinates + outputs * inputs) * F32 + (numbers + 3 * panel) * F64
+
+
+def root_numbers(side: int, columns: int) -> tuple[int, int]:
+    """Float64 numbers while the root of a Gram matrix is found, and that it then consists of.
+
+    The root of a nearly singular matrix consists of two banded forms (subspace/polar.py).
+    """
+    banded = 2 * side**2 + 8 * PANEL_ROWS * side
+    work = banded if is_banded(side, columns) else max(6 * side**2, banded)
+    return work, 2 * side**2
 
 
 def combine_flops(outputs: int, inputs: int, columns: int) -> float:
-    """Operations of both polar factors and their product."""
+    """Operations of both roots of Gram matrices and the product."""
     left, right = min(outputs, columns), min(inputs, columns)
-    polar = 4.0 * outputs * columns * left + eigh_flops(left)
-    return (
-        polar
-        + 4.0 * inputs * columns * right
-        + eigh_flops(right)
-        + 2.0 * outputs * columns * inputs
-    )
+    grams = outputs * columns * left + inputs * columns * right
+    roots = root_flops(left, right) + root_flops(right, columns)
+    return grams + roots + 2.0 * outputs * columns * min(right + inputs, 2 * inputs)
+
+
+def root_flops(side: int, columns: int) -> float:
+    """Operations of K^(-1/2) applied to columns: eigenvectors, or reduction, sweeps, rotations."""
+    if not is_banded(side, columns):
+        return eigh_flops(side) + 2.0 * side**3 + 2.0 * side**2 * columns
+    sweeps = 8.0 * TYPICAL_SHIFTS * block_of_band(side) * side * columns
+    return 4.0 / 3.0 * side**3 + 4.0 * side**2 * columns + sweeps

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from esm_stream.methods.profiles import Modality
+from esm_stream.subspace.product import Rows
 
 Number = int | float
 Diagnostics = Mapping[str, Number | str | Sequence[Number]]
@@ -206,10 +207,11 @@ class Factors:
 
     basis_OK has orthonormal columns, coordinates_KI = basis^T D. `spectrum` is whole (all
     eigenvalues or singular values, descending, float64), of which the first K belong to the
-    columns kept; `norm` is the Frobenius norm of the whole update D.
+    columns kept; `norm` is the Frobenius norm of the whole update D. What `factor` makes is
+    tensors; for `combine` the rows of a basis may be read from disk each time they are asked for.
     """
 
-    basis_OK: Tensor
+    basis_OK: Rows
     coordinates_KI: Tensor
     spectrum: Tensor
     norm: float
@@ -224,11 +226,15 @@ class Merged:
 
 
 class FactorMethod(Protocol):
-    """Merges one matrix at a time from thin factors of every expert's update."""
+    """Merges one matrix at a time from thin factors of every expert's update.
+
+    `forms_stacks`: `combine` holds the bases of all experts and their singular vectors at once.
+    """
 
     name: ClassVar[str]
     uses_moments: bool
     about: ClassVar[About]
+    forms_stacks: bool
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """Largest number of columns K that `factor` keeps of an update of `shape` (O, I)."""
@@ -240,7 +246,10 @@ class FactorMethod(Protocol):
         """Reduce one expert's update; deterministic, rank at most `rank(...)`."""
 
     def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:
-        """Merge the factors of all experts (manifest order) into one update (O, I), float64."""
+        """Merge the factors of all experts (manifest order) into one update (O, I).
+
+        Computed in float64, in the dtype of the coordinates.
+        """
 
 
 AnyMethod = ElementwiseMethod | SpectralMethod | FactorMethod

@@ -63,7 +63,8 @@ class DcMerge(SpectralMethod):
         ranks = [one.basis_OK.shape[1] for one in factors]
         if not sum(ranks):
             return Merged(zeros(updates, *shape), {"ranks": ranks})
-        left = polar(torch.cat([one.basis_OK for one in factors], dim=1))
+        bases = [one.basis_OK[:] for one in factors]
+        left = polar(torch.cat(bases, dim=1))
         rows = [
             one.coordinates_KI / one.spectrum[:kept, None]
             for one, kept in zip(factors, ranks, strict=True)
@@ -71,8 +72,8 @@ class DcMerge(SpectralMethod):
         right = polar(torch.cat(rows))
         blocks = torch.block_diag(*(torch.ones(k, k) for k in ranks)).bool().to(updates.device)
         cores = zeros(updates, len(factors), int(blocks.sum()))
-        for row, one in zip(cores, factors, strict=True):
-            core_RR = (left.factor.T @ one.basis_OK) @ (one.coordinates_KI @ right.factor.T)
+        for row, one, basis_OK in zip(cores, factors, bases, strict=True):
+            core_RR = (left.factor.T @ basis_OK) @ (one.coordinates_KI @ right.factor.T)
             row.copy_(self._trimmed(core_RR)[blocks])
         merged_RR = zeros(updates, *blocks.shape)
         merged_RR[blocks] = elected_sum(cores, [1.0] * len(cores), normalize=True)

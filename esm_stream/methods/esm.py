@@ -2,9 +2,8 @@
 
 From:  the engine, one expert's update and moment at a time; later the factors of all experts.
 To:    the engine, the merged update before layer scaling (scaling/layer.py) and alpha.
-Peak:  `combine`, float64 numbers: the larger of 2*O*R + 5*min(O, R)^2 (left polar factor),
-       O*R + 2*R*I + 5*min(R, I)^2 (right), and (O + I)*R + O*I (their product). Where a stack is
-       so ill-conditioned that it needs an SVD, its own term grows by the stack and its squares.
+Peak:  subspace/product.py; the coordinates are stacked in float64, the bases read by panels.
+       With `strict_official`, the stacks and their singular vectors.
 
 Letters: T experts, O output features, I input features, K rank of one expert, R sum of all K.
 """
@@ -23,7 +22,8 @@ from esm_stream.methods.profiles import Modality, Profile
 from esm_stream.scaling.dimension import column_factors
 from esm_stream.scaling.task import task_factors
 from esm_stream.subspace.basis import coordinates, essential_basis, frobenius_norm
-from esm_stream.subspace.polar import Polar, polar
+from esm_stream.subspace.polar import Polar, PolarRoot, polar
+from esm_stream.subspace.product import PolarProduct, Stack
 
 _FACTOR_OPTIONS = {"rank", "rank_factor", "rank_tolerance", "strict_official", "decomposition"}
 
@@ -52,6 +52,7 @@ class Esm:
         self.options = options
         self.profile = profile
         self.uses_moments = options.decomposition == "esd"
+        self.forms_stacks = options.strict_official
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """K = max(1, floor(rank_factor * O / T)) or the rank asked for, at most min(O, I).
@@ -110,25 +111,41 @@ class Esm:
             shape: (O, I) of the matrix.
 
         Returns:
-            Merged update, float64; zero where no expert has an update.
+            Merged update, computed in float64, in the dtype of the coordinates; zero where no
+            expert has an update.
         """
         weights = [
             eigenvalue_weights(kept_spectrum(one), self.profile.eigenvalue_exponent)
             for one in factors
         ]
-        left = self._polar(stack_bases(factors, weights, shape[0]))
+        stack = Stack([one.basis_OK for one in factors], weights)
         stacked_RI = stack_coordinates(factors, weights, self._task_factors(factors), shape[1])
         if "dimension" in self.profile.levels:
             stacked_RI *= column_factors(stacked_RI, self.profile.exponent)
-        right = self._polar(stacked_RI)
+        dtype = factors[0].coordinates_KI.dtype
+        if self.options.strict_official:
+            return self._combine_completely(factors, stack, stacked_RI, dtype)
+        product = PolarProduct(stack, stacked_RI, self.options.drop_tolerance)
         del stacked_RI
-        factor = self.profile.factor * left.mean_singular_value * right.mean_singular_value
-        update_OI = (left.factor @ right.factor).mul_(factor)
-        return Merged(update_OI, _diagnostics(factors, left, right, factor))
+        factor = self._factor(product.left, product.right)
+        middle_R = torch.full_like(torch.cat(weights), factor)
+        return Merged(
+            product.update(middle_R, dtype),
+            _diagnostics(factors, product.left, product.right, factor),
+        )
 
-    def _polar(self, stacked: Tensor) -> Polar:
-        """Step 7, orthogonalise one stack; R directions of the whole stack or none dropped."""
-        return polar(stacked, self.options.drop_tolerance, self.options.strict_official)
+    def _combine_completely(
+        self, factors: Sequence[Factors], stack: Stack, stacked_RI: Tensor, dtype: torch.dtype
+    ) -> Merged:
+        """Step 7 with every direction, also those that only rounding chooses."""
+        left = polar(torch.cat(list(stack.panels())), complete=True)
+        right = polar(stacked_RI, complete=True)
+        factor = self._factor(left, right)
+        update_OI = (left.factor @ right.factor).mul_(factor)
+        return Merged(update_OI.to(dtype), _diagnostics(factors, left, right, factor))
+
+    def _factor(self, left: Polar | PolarRoot, right: Polar | PolarRoot) -> float:
+        return self.profile.factor * left.mean_singular_value * right.mean_singular_value
 
     def _task_factors(self, factors: Sequence[Factors]) -> list[float]:
         """Step 4, gamma of each expert; 1.0 for all where the task level is off."""
@@ -153,18 +170,6 @@ def eigenvalue_weights(eigenvalues_K: Tensor, exponent: float) -> Tensor:
     return weights_K / weights_K.mean()
 
 
-def stack_bases(factors: Sequence[Factors], weights: Sequence[Tensor], num_outputs: int) -> Tensor:
-    """Step 5, left: E_cat = [E_1 diag(w_1) | ... | E_T diag(w_T)], float64, shape (O, R)."""
-    num_columns = sum(len(weights_K) for weights_K in weights)
-    stacked_OR = factors[0].basis_OK.new_empty(num_outputs, num_columns, dtype=torch.float64)
-    start = 0
-    for one, weights_K in zip(factors, weights, strict=True):
-        stop = start + len(weights_K)
-        torch.mul(one.basis_OK, weights_K, out=stacked_OR[:, start:stop])
-        start = stop
-    return stacked_OR
-
-
 def stack_coordinates(
     factors: Sequence[Factors],
     weights: Sequence[Tensor],
@@ -173,7 +178,7 @@ def stack_coordinates(
 ) -> Tensor:
     """Step 5, right: C_cat = [gamma_1 diag(w_1) C_1; ...], float64, shape (R, I)."""
     num_rows = sum(len(weights_K) for weights_K in weights)
-    stacked_RI = factors[0].basis_OK.new_empty(num_rows, num_inputs, dtype=torch.float64)
+    stacked_RI = weights[0].new_empty(num_rows, num_inputs, dtype=torch.float64)
     start = 0
     for one, weights_K, gamma in zip(factors, weights, gammas, strict=True):
         stop = start + len(weights_K)
@@ -190,7 +195,10 @@ def energy_kept(one: Factors) -> float:
 
 
 def _diagnostics(
-    factors: Sequence[Factors], left: Polar, right: Polar, factor: float
+    factors: Sequence[Factors],
+    left: Polar | PolarRoot,
+    right: Polar | PolarRoot,
+    factor: float,
 ) -> Diagnostics:
     """What the report tells of one matrix (methods.md 1.3, rule 4, and 1.4)."""
     return {

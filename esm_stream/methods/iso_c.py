@@ -43,12 +43,12 @@ class IsoC(SpectralMethod):
         when="distinct experts without samples; the fastest of the SVD methods",
     )
 
-    def merge(self, updates: Updates, shape: tuple[int, int]) -> Merged:  # noqa: ARG002
+    def merge(self, updates: Updates, shape: tuple[int, int]) -> Merged:
         """Polar factor of the sum, times the mean singular value."""
         flat = polar(sum_of(updates))
         level = flat.mean_singular_value
         if self.options.compact:
-            level *= len(flat.singular_values) / max(len(flat.singular_values) - flat.dropped, 1)
+            level *= min(shape) / max(min(shape) - flat.dropped, 1)
         return Merged(flat.factor.mul_(level), spectrum_of(flat))
 
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:  # noqa: ARG002

@@ -2,7 +2,7 @@
 
 From:  the engine, one expert's update at a time; later the factors of all experts.
 To:    the engine, the merged update.
-Peak:  as methods/esm.py; `factor` holds the update and its SVD in float64.
+Peak:  subspace/product.py; `factor` holds the update and its SVD in float64.
 
 Letters: T experts, O output features, I input features, K rank of one expert, R sum of all K.
 """
@@ -18,7 +18,7 @@ from esm_stream.methods.contract import About, Factors, Merged, MethodOptions, M
 from esm_stream.methods.options import TsvMOptions
 from esm_stream.methods.profiles import Modality
 from esm_stream.subspace.basis import frobenius_norm
-from esm_stream.subspace.polar import polar
+from esm_stream.subspace.product import PolarProduct, Stack
 
 
 class TsvM:
@@ -35,6 +35,7 @@ class TsvM:
         memory="factors of one matrix",
         when="distinct experts without samples",
     )
+    forms_stacks = False
 
     def __init__(self, options: TsvMOptions) -> None:
         self.options = options
@@ -68,17 +69,18 @@ class TsvM:
         return Factors(basis_OK, coordinates_KI, values, frobenius_norm(update_OI))
 
     def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:  # noqa: ARG002
-        """polar(U_cat) diag(s_cat) polar(V_cat), float64; zero where no expert has an update."""
+        """polar(U_cat) diag(s_cat) polar(V_cat); zero where no expert has an update."""
         values_R = torch.cat([one.spectrum[: one.basis_OK.shape[1]].double() for one in factors])
-        left = polar(torch.cat([one.basis_OK.double() for one in factors], dim=1))
+        ones = [torch.ones_like(one.spectrum[: one.basis_OK.shape[1]]).double() for one in factors]
         rows_RI = torch.cat([one.coordinates_KI.double() for one in factors])
-        right = polar(rows_RI.div_(values_R.unsqueeze(1)))
+        rows_RI /= values_R.unsqueeze(1)
+        product = PolarProduct(Stack([one.basis_OK for one in factors], ones), rows_RI)
         del rows_RI
-        update_OI = (left.factor * values_R) @ right.factor
+        left, right, middle_R = product.left, product.right, values_R
         if self.options.mean_singular_factor:
-            update_OI *= left.mean_singular_value * right.mean_singular_value
+            middle_R = values_R * (left.mean_singular_value * right.mean_singular_value)
         return Merged(
-            update_OI,
+            product.update(middle_R, factors[0].coordinates_KI.dtype),
             {
                 "ranks": [one.basis_OK.shape[1] for one in factors],
                 "condition_bases": left.condition,

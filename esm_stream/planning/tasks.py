@@ -405,7 +405,9 @@ class TaskBuilder:
         names = [p.tensor for p in m.parts]
         update = m.outputs * m.inputs * budget.F32
         columns = m.rank * self._num_experts
-        combine = budget.combine_bytes(m.outputs, m.inputs, columns)
+        method = method_of(m.method)
+        stacks = is_factor_method(method) and method.forms_stacks
+        combine = budget.combine_bytes(m.outputs, m.inputs, columns, forms_stacks=stacks)
         if m.moment:
             assert self._forward is not None
             forward = self._forward
@@ -416,10 +418,9 @@ class TaskBuilder:
             after = ()
             everyone = [self._opened.base, *self._opened.experts.values()]
             read = sum(_sizes(c, names) for c in everyone)
-            factors = columns * (m.outputs + m.inputs) * budget.F64
-            peak = max(combine, factors + budget.basis_bytes(m.outputs, m.inputs)) + factors
+            factors = columns * (m.outputs + m.inputs) * budget.F32
+            peak = max(combine, budget.basis_bytes(m.outputs, m.inputs)) + factors
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
-            method = method_of(m.method)
             if isinstance(method, SpectralMethod):
                 shape = (m.outputs, m.inputs)
                 peak = method.peak_numbers(shape, self._num_experts) * budget.F64

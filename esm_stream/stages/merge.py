@@ -2,8 +2,8 @@
 
 From:  the store, where the forward put them; for methods without data, base and experts themselves.
 To:    factors.zarr/<tensor>/update, before layer scaling and alpha, in the tensor's stored shape.
-Peak:  the stacks of all experts' thin factors, whose size does not depend on their number, and one
-       expert's matrix at a time.
+Peak:  subspace/product.py. Bases that the forward stored are read panel by panel; those made here
+       are kept in float32, all experts' together no larger than the matrix or its square.
 """
 
 from collections.abc import Iterator
@@ -72,12 +72,8 @@ def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
         check()
         key = forward_key(context.plan, expert, matrix)
         values = context.directory.results(key)[matrix.name]
-        found = context.store.read_factors(matrix.name, number, values["rank"], values["norm"])
-        yield Factors(
-            found.basis_OK.to(context.device),
-            found.coordinates_KI.to(context.device),
-            found.spectrum.to(context.device),
-            found.norm,
+        yield context.store.read_factors(
+            matrix.name, number, values["rank"], values["norm"], context.device
         )
 
 
@@ -86,5 +82,8 @@ def _factored(context: Context, matrix: Matrix, method: FactorMethod) -> Iterato
     for update_OI in _Updates(context, matrix):
         factors = method.factor(update_OI, None, len(context.plan.experts))
         yield Factors(
-            factors.basis_OK.float(), factors.coordinates_KI.float(), factors.spectrum, factors.norm
+            factors.basis_OK[:].float(),
+            factors.coordinates_KI.float(),
+            factors.spectrum,
+            factors.norm,
         )

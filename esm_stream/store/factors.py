@@ -5,6 +5,7 @@ To:    the merge and write stages; anyone with `zarr.open`.
 
 <matrix>/basis (T, O, K), <matrix>/coordinates (T, K, I) float32, <matrix>/spectrum (T, min(O, I))
 float64: one chunk (or several, for large matrices) per expert, so that experts never share a file.
+A basis is read by panels of rows when a merge asks for them.
 <tensor>/update: the merged update in the tensor's stored shape, float32, before layer scaling and
 alpha. Checksums (crc32c) and no compression; a missing chunk reads as NaN, never as zeros.
 """
@@ -23,8 +24,10 @@ from torch import Tensor
 from esm_stream.errors import DataError
 from esm_stream.methods.contract import Factors
 from esm_stream.store.work import file_name
+from esm_stream.subspace.sizes import PANEL_ROWS
 
 CHUNK_BYTES = 32 << 20
+_CPU = torch.device("cpu")
 
 
 class FactorStore:
@@ -35,7 +38,8 @@ class FactorStore:
 
     def create(self, matrix: str, experts: int, outputs: int, inputs: int, rank: int) -> None:
         """Lay out the arrays of one matrix; existing ones of the same shape are kept."""
-        self._array(f"{file_name(matrix)}/basis", (experts, outputs, rank), np.float32)
+        basis = (experts, outputs, rank)
+        self._array(f"{file_name(matrix)}/basis", basis, np.float32, max_rows=PANEL_ROWS)
         self._array(f"{file_name(matrix)}/coordinates", (experts, rank, inputs), np.float32)
         self._array(f"{file_name(matrix)}/spectrum", (experts, min(outputs, inputs)), np.float64)
 
@@ -44,9 +48,15 @@ class FactorStore:
         self._array(f"{file_name(tensor)}/update", shape, np.float32, leading=False)
 
     def _array(
-        self, name: str, shape: tuple[int, ...], dtype: type, *, leading: bool = True
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: type,
+        *,
+        leading: bool = True,
+        max_rows: int | None = None,
     ) -> None:
-        chunks = _chunks(shape, np.dtype(dtype).itemsize, leading=leading)
+        chunks = _chunks(shape, np.dtype(dtype).itemsize, leading=leading, max_rows=max_rows)
         path = self.root / name
         if (path / "zarr.json").is_file():
             found = zarr.open_array(path, mode="r")
@@ -67,7 +77,7 @@ class FactorStore:
         """Store one expert's factors, zeros beyond its rank; returns the files written."""
         written = []
         for kind, values in (
-            ("basis", factors.basis_OK),
+            ("basis", factors.basis_OK[:]),
             ("coordinates", factors.coordinates_KI),
             ("spectrum", factors.spectrum),
         ):
@@ -79,17 +89,19 @@ class FactorStore:
             written += list(_chunk_files(self.root / file_name(matrix) / kind, array, expert))
         return written
 
-    def read_factors(self, matrix: str, expert: int, rank: int, norm: float) -> Factors:
-        """One expert's factors, its first `rank` columns.
+    def read_factors(
+        self, matrix: str, expert: int, rank: int, norm: float, device: torch.device = _CPU
+    ) -> Factors:
+        """One expert's factors, its first `rank` columns; the basis when its rows are asked for.
 
         Raises:
             DataError: A chunk is missing or damaged.
         """
         name = file_name(matrix)
-        basis = self._read(f"{name}/basis", (expert, slice(None), slice(0, rank)))
-        coordinates = self._read(f"{name}/coordinates", (expert, slice(0, rank), slice(None)))
-        spectrum = self._read(f"{name}/spectrum", (expert, slice(None)))
-        return Factors(basis, coordinates, spectrum, norm)
+        basis = StoredRows(self, f"{name}/basis", expert, rank, device)
+        coordinates = self.read(f"{name}/coordinates", (expert, slice(0, rank), slice(None)))
+        spectrum = self.read(f"{name}/spectrum", (expert, slice(None)))
+        return Factors(basis, coordinates.to(device), spectrum.to(device), norm)
 
     def write_update(self, tensor: str, update: Tensor) -> list[Path]:
         """Store a merged update in its tensor's stored shape; returns the files written."""
@@ -103,12 +115,21 @@ class FactorStore:
         Raises:
             DataError: A chunk is missing or damaged.
         """
-        return self._read(f"{file_name(tensor)}/update", (slice(start, stop),))
+        return self.read(f"{file_name(tensor)}/update", (slice(start, stop),))
 
     def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
         return zarr.open_array(self.root / name, mode=mode)
 
-    def _read(self, name: str, place: tuple[int | slice, ...]) -> Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an array."""
+        return self._open(name, "r").shape
+
+    def read(self, name: str, place: tuple[int | slice, ...]) -> Tensor:
+        """A part of an array.
+
+        Raises:
+            DataError: A chunk is missing or damaged.
+        """
         try:
             values = np.asarray(self._open(name, "r")[place])
         except (ValueError, OSError) as error:
@@ -118,11 +139,28 @@ class FactorStore:
         return torch.from_numpy(values)
 
 
-def _chunks(shape: tuple[int, ...], itemsize: int, *, leading: bool) -> tuple[int, ...]:
+class StoredRows:
+    """First columns of one expert's basis, read by rows when asked for."""
+
+    def __init__(
+        self, store: FactorStore, name: str, expert: int, rank: int, device: torch.device
+    ) -> None:
+        self._store, self._name, self._expert, self._device = store, name, expert, device
+        self.shape = (store.shape(name)[1], rank)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Rows of a slice, float32, on the device."""
+        place = (self._expert, rows, slice(0, self.shape[1]))
+        return self._store.read(self._name, place).to(self._device)
+
+
+def _chunks(
+    shape: tuple[int, ...], itemsize: int, *, leading: bool, max_rows: int | None = None
+) -> tuple[int, ...]:
     """Whole trailing rows, as many as CHUNK_BYTES holds; one expert per chunk if `leading`."""
     head, body = ((1,), shape[1:]) if leading else ((), shape)
     row_bytes = math.prod(body[1:]) * itemsize
-    rows = max(1, min(body[0], CHUNK_BYTES // max(row_bytes, 1)))
+    rows = max(1, min(body[0], CHUNK_BYTES // max(row_bytes, 1), max_rows or body[0]))
     return (*head, rows, *(max(1, n) for n in body[1:]))
 
 

@@ -1,44 +1,69 @@
-"""Polar factor of one matrix: the nearest matrix whose singular values are all one.
+"""Polar factors: the nearest matrices whose singular values are all one.
 
-From:  methods/, stacked bases (tall or wide) and stacked coordinates.
-To:    methods/, the factor and the singular values it was taken from.
-Peak:  float64: the matrix, the factor, and five squares of the smaller side (eigenproblem with its
-       workspace); by SVD the matrix three times, the factor, and five squares.
+From:  methods/ and product.py, stacked bases and stacked coordinates.
+To:    the same: K^(-1/2) of a tall matrix A with Gram matrix K, which makes it A K^(-1/2).
+Peak:  float64, for a tall matrix of N columns: by eigenvectors 6 * N^2; banded (large N, or nearly
+       singular) twice N^2 and eight tiles of N * 1024. A itself is seen by panels of rows.
 
-Letters: M rows, N columns, S = min(M, N).
+Letters: M rows, N columns, M >= N for a tall matrix, S = min(M, N), Q columns of another matrix.
 """
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from esm_stream.subspace.band import Band, lower_tiles
+from esm_stream.subspace.sizes import PANEL_ROWS, is_banded
 
 # Eigenvalues of a Gram matrix carry errors of eps * s_max^2: below this ratio the square root of
 # the smallest is worth less than four digits.
 _SMALLEST_RATIO_FROM_GRAM = 1e-6
 _LARGEST_CONDITION = 1 / torch.finfo(torch.float64).eps
+# Without the singular values below this, relative to the largest, their sum is the same.
+_SMALLEST_SUMMED_SQUARE = 1e-13
+
+_SMALLEST_LIFT = 1e-10
+
+Panels = Callable[[], Iterable[Tensor]]
+"""Row panels of one tall matrix, float64, from the top, as often as asked for."""
+
+
+class Root(Protocol):
+    """K^(-1/2) over the directions that exist."""
+
+    def __call__(self, columns_NQ: Tensor, /) -> Tensor:
+        """K^(-1/2) Y; Y may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
-class Polar:
-    """Polar factor and the spectrum it flattened.
+class PolarRoot:
+    """What makes a tall matrix A its polar factor A @ root.
 
     Attributes:
-        factor: Partial isometry of minimal norm, float64, shape of the matrix.
-        singular_values: All of them, descending, float64, shape (S,).
+        root: A root(Y) = polar(A) Y. Not symmetric where A is nearly singular.
+        mean_singular_value: Mean of all N, dropped ones too (methods.md 1.3, rule 3).
         dropped: Number of directions too small to have a factor.
         condition: s_max / s_min, at most 1/eps; 1.0 for a zero or an empty matrix.
     """
 
-    factor: Tensor
-    singular_values: Tensor
+    root: Root
+    mean_singular_value: float
     dropped: int
     condition: float
 
-    @property
-    def mean_singular_value(self) -> float:
-        """Mean over min(M, N) of all singular values, dropped ones too (methods.md 1.3, rule 3)."""
-        return float(self.singular_values.mean()) if len(self.singular_values) else 0.0
+
+@dataclass(frozen=True, slots=True)
+class Polar:
+    """Polar factor of a whole matrix, a partial isometry of minimal norm; see `PolarRoot`."""
+
+    factor: Tensor
+    mean_singular_value: float
+    dropped: int
+    condition: float
 
 
 def polar(matrix_MN: Tensor, tolerance: float = 1e-7, complete: bool = False) -> Polar:
@@ -50,42 +75,127 @@ def polar(matrix_MN: Tensor, tolerance: float = 1e-7, complete: bool = False) ->
         complete: U V^T of the SVD as LAPACK completes it; nothing is dropped.
 
     Returns:
-        Factor, singular values, number dropped and condition number.
+        Factor, float64, shape of the matrix, and what was found on the way.
     """
     matrix_MN = matrix_MN.double()
-    if matrix_MN.numel() == 0 or not bool(matrix_MN.any()):
-        side = min(matrix_MN.shape)
-        return Polar(torch.zeros_like(matrix_MN), matrix_MN.new_zeros(side), side, 1.0)
-    if complete:
-        return _from_svd(matrix_MN, -1.0)
-    return _from_gram(matrix_MN) or _from_svd(matrix_MN, tolerance)
+    if complete and bool(matrix_MN.any()):
+        left_MS, values, right_SN = torch.linalg.svd(matrix_MN, full_matrices=False)
+        return Polar(left_MS @ right_SN, float(values.mean()), 0, _condition(values))
+    wide = matrix_MN.shape[0] < matrix_MN.shape[1]
+    tall_MN = matrix_MN.T if wide else matrix_MN
+    side = tall_MN.shape[1]
+    found = polar_root(lambda: row_panels(tall_MN), side, side, tolerance)
+    factor_MN = tall_MN @ found.root(torch.eye(side, dtype=torch.float64, device=tall_MN.device))
+    factor_MN = factor_MN.T if wide else factor_MN
+    return Polar(factor_MN, found.mean_singular_value, found.dropped, found.condition)
 
 
-def _from_gram(matrix_MN: Tensor) -> Polar | None:
-    """(A A^T)^(-1/2) A, or A (A^T A)^(-1/2), on the smaller side; None if too ill-conditioned."""
-    wide = matrix_MN.shape[0] <= matrix_MN.shape[1]
-    gram_SS = matrix_MN @ matrix_MN.T if wide else matrix_MN.T @ matrix_MN
-    values, vectors_SS = torch.linalg.eigh(gram_SS)
-    del gram_SS
-    singular_values = values.clamp_(min=0).sqrt_()
-    if float(singular_values[0]) < _SMALLEST_RATIO_FROM_GRAM * float(singular_values[-1]):
-        return None
-    inverse_root_SS = (vectors_SS / singular_values) @ vectors_SS.T
-    factor_MN = inverse_root_SS @ matrix_MN if wide else matrix_MN @ inverse_root_SS
-    singular_values = singular_values.flip(0)
-    return Polar(factor_MN, singular_values, 0, _condition(singular_values))
+def polar_root(panels: Panels, side: int, columns: int, tolerance: float = 1e-7) -> PolarRoot:
+    """K^(-1/2) = (A^T A)^(-1/2) of a tall matrix A, over the directions that exist.
+
+    Args:
+        panels: Row panels of A.
+        side: Number N of columns of A.
+        columns: Number Q of columns that the root is going to be applied to, to choose the way.
+        tolerance: Directions with s <= tolerance * s_max are dropped.
+    """
+    gram_NN = gram(panels(), side)
+    if gram_NN is None or not bool(gram_NN.diagonal().any()):
+        return PolarRoot(Tensor.zero_, 0.0, side, 1.0)
+    if is_banded(side, columns):
+        return banded_root(gram_NN, panels, tolerance)
+    return _dense_root(gram_NN, panels, tolerance)
 
 
-def _from_svd(matrix_MN: Tensor, tolerance: float) -> Polar:
-    """U V^T over singular values above the tolerance; a negative tolerance keeps them all."""
-    left_MS, singular_values, right_SN = torch.linalg.svd(matrix_MN, full_matrices=False)
-    kept = int((singular_values > tolerance * singular_values[0]).sum())
-    factor_MN = left_MS[:, :kept] @ right_SN[:kept]
-    dropped = len(singular_values) - kept
-    return Polar(factor_MN, singular_values, dropped, _condition(singular_values))
+def row_panels(matrix_MN: Tensor) -> Iterator[Tensor]:
+    """Panels of a matrix at hand."""
+    return iter(matrix_MN.split(PANEL_ROWS))
 
 
-def _condition(singular_values: Tensor) -> float:
+def gram(panels: Iterable[Tensor], side: int) -> Tensor | None:
+    """K = A^T A, float64, its lower tiles alone (band.py); None where A is empty."""
+    gram_NN = None
+    for panel_MN in panels:
+        if gram_NN is None:
+            gram_NN = panel_MN.new_zeros(side, side)
+        for start, stop in lower_tiles(side):
+            gram_NN[start:, start:stop].addmm_(panel_MN[:, start:].T, panel_MN[:, start:stop])
+    return gram_NN if side else None
+
+
+def _dense_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
+    """By eigenvectors of K; where K is nearly singular, by its banded form."""
+    values, vectors_NN = torch.linalg.eigh(gram_NN)
+    values = values.clamp_(min=0).sqrt_()
+    ratio = float(values[0] / values[-1])
+    if ratio < _SMALLEST_RATIO_FROM_GRAM and tolerance < _SMALLEST_RATIO_FROM_GRAM:
+        del vectors_NN
+        return banded_root(gram_NN, panels, tolerance)
+    kept = values > tolerance * values.max()
+    vectors_NK = vectors_NN[:, kept]
+    root_NN = (vectors_NK / values[kept]) @ vectors_NK.T
+    dropped = len(values) - int(kept.sum())
+    return PolarRoot(root_NN.matmul, float(values.mean()), dropped, _condition(values))
+
+
+def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
+    """By the banded form of K, without eigenvectors; K is overwritten.
+
+    Where K is too close to singular for its square root, A is first multiplied by (K + d)^(-1/2)
+    which lifts the singular values s to s / sqrt(s^2 + d): with d = 1e-10 s_max^2 those at 1e-7 of
+    the largest to 1e-2 of it, where the Gram matrix of the product has them with all digits. As
+    both factors are functions of K, but for rounding, the polar factor of the product is that of A.
+    """
+    side = gram_NN.shape[0]
+    first = Band(gram_NN)
+    edge = max(_SMALLEST_RATIO_FROM_GRAM, tolerance) ** 2
+    if first.count_below(edge * first.largest) == 0:
+        smallest = first.smallest()
+        low = smallest / 2
+
+        def well(columns_NQ: Tensor) -> Tensor:
+            first.inverse_root(columns_NQ, low)
+            return columns_NQ
+
+        condition = math.sqrt(first.largest / smallest)
+        return PolarRoot(well, first.trace_of_root(low) / side, 0, condition)
+    square = max(1e-3 * tolerance, _SMALLEST_LIFT)
+    lift = square * first.largest
+    lifted_NN = gram((_lifted(first, panel_MN, lift) for panel_MN in panels()), side)
+    assert lifted_NN is not None
+    second = Band(lifted_NN)
+    # A singular value s of A is s / sqrt(s^2 + d) of the product.
+    cut = max(tolerance**2 / (tolerance**2 + square), _SMALLEST_SUMMED_SQUARE)
+    dropped = second.count_below(cut)
+
+    def nearly_singular(columns_NQ: Tensor) -> Tensor:
+        if dropped:
+            second.above(columns_NQ, cut)
+        second.inverse_root(columns_NQ, cut / 2)
+        first.inverse_root(columns_NQ, lift / 2, offset=lift)
+        return columns_NQ
+
+    small = _SMALLEST_SUMMED_SQUARE * first.largest
+    mean = first.trace_of_root(small / 2, offset=small) / side
+    return PolarRoot(nearly_singular, mean, dropped, _lifted_condition(second, square))
+
+
+def _lifted(band: Band, panel_MN: Tensor, lift: float) -> Tensor:
+    """Rows of A (K + lift)^(-1/2)."""
+    columns_NM = panel_MN.T.clone(memory_format=torch.contiguous_format)
+    band.inverse_root(columns_NM, lift / 2, offset=lift)
+    return columns_NM.T
+
+
+def _lifted_condition(band: Band, square: float) -> float:
+    """Condition of A from the spectrum of A (K + d)^(-1/2), d = square * s_max^2."""
+    if band.count_below(_SMALLEST_SUMMED_SQUARE):
+        return _LARGEST_CONDITION
+    smallest = band.smallest()
+    return min(math.sqrt((1 - smallest) / (smallest * square)), _LARGEST_CONDITION)
+
+
+def _condition(values: Tensor) -> float:
     """s_max / s_min of a nonzero matrix, capped where float64 ends so that it stays a number."""
-    largest, smallest = float(singular_values[0]), float(singular_values[-1])
+    largest, smallest = float(values.max()), float(values.min())
     return largest / max(smallest, largest / _LARGEST_CONDITION)

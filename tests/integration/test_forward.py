@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def factors_of(plan: Plan, matrix: Matrix, expert: str) -> Any:  # noqa: ANN401
     values = directory.results(f"forward/{expert}/{matrix.block:04d}")[matrix.name]
     number = plan.expert_names.index(expert)
     store = FactorStore(directory.factors)
-    return store.read_factors(matrix.name, number, values["rank"], values["norm"]), values
+    found = store.read_factors(matrix.name, number, values["rank"], values["norm"])
+    return replace(found, basis_OK=found.basis_OK[:]), values
 
 
 def assert_same_bases(plan: Plan, zoo: Zoo, watched: Watched, expert: str) -> None:

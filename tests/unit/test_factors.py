@@ -1,6 +1,7 @@
 """The store of factors: round trips, and damage that is found instead of read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,17 @@ def store(tmp_path: Path) -> FactorStore:
     return found
 
 
+def whole(store: FactorStore, expert: int, rank: int) -> Factors:
+    """Factors with the whole basis."""
+    found = store.read_factors(NAME, expert, rank, 1.25)
+    return replace(found, basis_OK=found.basis_OK[:])
+
+
 def test_factors_read_back_as_float32_with_a_whole_float64_spectrum(store: FactorStore) -> None:
     for expert in range(3):
         store.write_factors(NAME, expert, factors(4, expert))
     for expert in range(3):
-        written, found = factors(4, expert), store.read_factors(NAME, expert, 4, 1.25)
+        written, found = factors(4, expert), whole(store, expert, 4)
         assert torch.equal(found.basis_OK, written.basis_OK.float())
         assert torch.equal(found.coordinates_KI, written.coordinates_KI.float())
         assert torch.equal(found.spectrum, written.spectrum)
@@ -49,13 +56,28 @@ def test_columns_past_an_experts_rank_are_zeros_on_disk_and_not_read(
     import zarr
 
     store.write_factors(NAME, 1, factors(rank))
-    found = store.read_factors(NAME, 1, rank, 1.0)
+    found = whole(store, 1, rank)
     assert found.basis_OK.shape == (6, rank)
     assert found.coordinates_KI.shape == (rank, 5)
     directory = next(p for p in store.root.iterdir() if "q_proj" in p.name)
     basis = zarr.open_array(directory / "basis", mode="r")
     assert not basis[1][:, rank:].any()
     assert basis[0].size == 24
+
+
+def test_a_basis_is_read_by_rows_when_they_are_asked_for(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path / "factors.zarr")
+    store.create("tall", experts=2, outputs=2500, inputs=3, rank=3)
+    made = torch.randn(2500, 3)
+    written = store.write_factors("tall", 1, Factors(made, torch.ones(3, 3), torch.ones(3), 1.0))
+    found = store.read_factors("tall", 1, 2, 1.0).basis_OK
+    assert found.shape == (2500, 2)
+    assert torch.equal(found[1000:2400], made[1000:2400, :2])
+    # Rows of other chunks are not looked at.
+    written[0].unlink()
+    assert torch.equal(found[2048:], made[2048:, :2])
+    with pytest.raises(DataError, match="missing"):
+        found[1000:1100]
 
 
 def test_updates_read_back_by_rows(store: FactorStore) -> None:
@@ -74,7 +96,7 @@ def test_a_transposed_update_is_stored_as_it_reads(store: FactorStore) -> None:
 @pytest.mark.parametrize("read", ["factors", "update"])
 def test_what_was_never_written_is_missing_and_not_zero(read: str, store: FactorStore) -> None:
     reads = {
-        "factors": lambda: store.read_factors(NAME, 2, 4, 1.0),
+        "factors": lambda: whole(store, 2, 4),
         "update": lambda: store.read_update("w", 0, 1),
     }
     with pytest.raises(DataError, match="missing"):
@@ -88,13 +110,13 @@ def test_a_removed_chunk_is_an_error(store: FactorStore) -> None:
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(DataError, match="missing"):
-            store.read_factors(NAME, 0, 4, 1.0)
+            whole(store, 0, 4)
         path.write_bytes(content)
-    store.read_factors(NAME, 0, 4, 1.0)
+    whole(store, 0, 4)
 
 
 def read_all(store: FactorStore) -> None:
-    store.read_factors(NAME, 0, 4, 1.0)
+    whole(store, 0, 4)
     store.read_update("w", 0, 6)
 
 
@@ -131,10 +153,10 @@ def test_a_damaged_chunk_is_an_error_and_never_other_numbers(
 def test_laying_out_again_keeps_what_fits_and_replaces_what_does_not(store: FactorStore) -> None:
     store.write_factors(NAME, 0, factors(4))
     store.create(NAME, experts=3, outputs=6, inputs=5, rank=4)
-    assert store.read_factors(NAME, 0, 4, 1.0).basis_OK.shape == (6, 4)
+    assert whole(store, 0, 4).basis_OK.shape == (6, 4)
     store.create(NAME, experts=3, outputs=6, inputs=5, rank=2)
     with pytest.raises(DataError, match="missing"):
-        store.read_factors(NAME, 0, 2, 1.0)
+        whole(store, 0, 2)
 
 
 def test_experts_never_share_a_file(store: FactorStore) -> None:

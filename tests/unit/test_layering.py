@@ -11,7 +11,7 @@ ANYONE_MAY = {"errors", "__init__"}
 MAY_IMPORT = {
     "subspace": set(),
     "scaling": set(),
-    "budget": set(),
+    "budget": {"subspace"},
     "events": set(),
     "allocation": set(),
     "stopping": set(),
@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "demo": {"store"},
     "checkpoints": set(),
     "methods": {"subspace", "scaling"},
-    "store": {"methods"},
+    "store": {"methods", "subspace"},
     "write": {"checkpoints", "store"},
     "calibration": {"methods", "store", "manifest"},
     "manifest": {"budget", "checkpoints", "methods"},

@@ -1,0 +1,24 @@
+"""Sizes that decide how a matrix is worked on, for the numerics and the plan. Imports no torch.
+
+They are constants, not shares of the memory budget: a panel's size decides the last bits of a
+product, and those shall be the same whatever the budget.
+"""
+
+# Rows of a panel of a stack, of an update, of a basis as stored.
+PANEL_ROWS = 1024
+# The reduction to a band updates the lower triangle by tiles; those on the diagonal are whole.
+TILE = 512
+# Columns that are solved for together.
+TILE_COLUMNS = 1024
+# Shifts of an inverse root for singular values over five decades.
+TYPICAL_SHIFTS = 25
+
+
+def block_of_band(side: int) -> int:
+    """Side of a block of the banded form; divides TILE."""
+    return 32 if side < 2048 else 64
+
+
+def is_banded(side: int, columns: int) -> bool:
+    """Whether K^(-1/2) of this side is applied to columns by the banded form, not eigenvectors."""
+    return side >= (1024 if 2 * columns <= side else 2048)
