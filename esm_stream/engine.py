@@ -376,15 +376,13 @@ def _lay_out(plan: Plan, todo: set[str]) -> None:
     """
     stages = {plan.tasks[key].stage for key in todo}
     store = FactorStore(plan.directory.factors)
-    shapes = checkpoint_at(plan.base).tensors
     if stages & {"forward", "merge"}:
         for matrix in plan.matrices.values():
             if matrix.moment:
                 store.create(
                     matrix.name, len(plan.experts), matrix.outputs, matrix.inputs, matrix.rank
                 )
-            for part in matrix.parts:
-                store.create_update(part.tensor, shapes[part.tensor].shape)
+            store.create_update(matrix.name, matrix.stored_shape)
     rewritten = {plan.tasks[key].subject for key in todo if plan.tasks[key].stage == "write"}
     reserved: list[Path] = []
     try:

@@ -168,6 +168,20 @@ class Rule(Section):
         return f"rule '{self.tensors}'{kinds}"
 
 
+class Split(Section):
+    """A stored tensor that holds several matrices, each to be merged on its own."""
+
+    tensors: Pattern = Field(description="Names of the tensors.")
+    parts: tuple[PositiveInt, ...] = Field(
+        min_length=2, description="Shares of the outputs, in their order: [4, 1, 1]."
+    )
+    groups: PositiveInt = Field(
+        default=1,
+        description="How often the parts take turns: the number of heads where q, k and v of each "
+        "head lie together.",
+    )
+
+
 class Merge(Section):
     """Method, its options, and exceptions by tensor."""
 
@@ -183,6 +197,14 @@ class Merge(Section):
         "last; experts that are not named have 1.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    fuse: tuple[tuple[Pattern, ...], ...] = Field(
+        default=(),
+        description="Tensors of one module that form one matrix together: one pattern for each, "
+        "in the order of the matrix's outputs.",
+    )
+    split: tuple[Split, ...] = Field(
+        default=(), description="Tensors of which parts are matrices of their own."
+    )
     rules: tuple[Rule, ...] = Field(default=(), description="Exceptions; the first match wins.")
 
 
@@ -385,5 +407,6 @@ def _known_keys(loc: Sequence[int | str]) -> list[str]:
     }
     if not loc:
         return list(Manifest.model_fields)
-    section = Rule if "rules" in loc else sections[str(loc[0])]
+    nested: dict[int | str, type[Section]] = {"rules": Rule, "split": Split}
+    section = next((nested[step] for step in loc if step in nested), sections[str(loc[0])])
     return list(section.model_fields)

@@ -58,6 +58,11 @@ class ObservedMatrix:
     slice: int | None = None
     rows: int = 0
 
+    @property
+    def routed(self) -> bool:
+        """Whether it gets the tokens that are routed to it, which may be few or none."""
+        return self.stack is not None and not self.parameter.endswith("in_proj_weight")
+
     def within(self, prefix: str) -> "ObservedMatrix":
         """The same matrix, named from the module that has the observed one at `prefix`."""
         return replace(
@@ -435,7 +440,8 @@ def _times(
         return []
     stack = weight.stack or matrix.shape[0]
     if x.device.type == "meta" or matrix.device.type == "meta":
-        return [replace(use, x=x[0], stack=stack, slice=i) for i in range(stack)]
+        # Who gets which rows depends on values: each may get all.
+        return [replace(use, x=x.flatten(0, 1), stack=stack, slice=i) for i in range(stack)]
     if isinstance(weight.index, Tensor):
         numbers = weight.index.to(x.device)
         rows = {int(i): x[numbers == i].flatten(0, 1) for i in numbers.unique()}

@@ -2,7 +2,8 @@
 
 From:  hooks, on the device of the block.
 To:    methods (Factors of one expert), once per matrix and expert, as float64.
-Peak:  one float64 matrix of the kept side, and one float32 product of the same size in flight.
+Peak:  one float64 matrix of the kept side, and one float32 product of the same size in flight; the
+       tokens themselves in float32, as long as that is less.
 
 Letters: N tokens of a micro-batch, O output features, I input features.
 """
@@ -18,10 +19,17 @@ CHUNK_ROWS = 1024
 
 
 class InputMoment:
-    """G = sum of x^T x over tokens, divided by their number; inputs shared by several matrices."""
+    """G = sum of x^T x over tokens, divided by their number; inputs shared by several matrices.
+
+    As long as there are fewer tokens than inputs the tokens are kept, which takes less than G: one
+    expert of a mixture sees few. The sum is the same to the bit.
+    """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self._sum_II = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self._inputs = inputs
+        self._device = device
+        self._waiting: list[Tensor] = []
+        self._sum_II: Tensor | None = None
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -30,12 +38,26 @@ class InputMoment:
         The bits do not depend on the order in which x lies in memory.
         """
         rows_NI = x.reshape(-1, x.shape[-1]).float().contiguous()
-        for chunk_NI in rows_NI.split(CHUNK_ROWS):
-            self._sum_II += chunk_NI.T @ chunk_NI
         self._tokens += rows_NI.shape[0]
+        if self._tokens < self._inputs:
+            self._waiting.append(rows_NI.clone())
+        else:
+            self._sum([*self._waiting, rows_NI])
+            self._waiting = []
+
+    def _sum(self, batches: list[Tensor]) -> None:
+        if self._sum_II is None:
+            shape = self._inputs, self._inputs
+            self._sum_II = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        for rows_NI in batches:
+            for chunk_NI in rows_NI.split(CHUNK_ROWS):
+                self._sum_II += chunk_NI.T @ chunk_NI
 
     def result(self) -> Moment:
         """The mean over tokens; zero if there were none."""
+        self._sum(self._waiting)
+        self._waiting = []
+        assert self._sum_II is not None
         return Moment("input", self._sum_II / max(self._tokens, 1), self._tokens)
 
 

@@ -48,7 +48,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         tensors=treatments.tensors,
         tasks=tasks,
         populations=treatments.populations,
-        notes=(*opened.notes, *treatments.unused_patterns()),
+        notes=(*opened.notes, *treatments.unobserved(), *treatments.unused_patterns()),
     )
 
 

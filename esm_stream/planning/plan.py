@@ -10,6 +10,7 @@ are not part of it. A task that finds its marker with the same fingerprint is sk
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -55,19 +56,31 @@ class MethodChoice:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor that is (a range of the output rows of) a merged matrix."""
+    """Outputs of a stored matrix that are outputs of a merged one: `outputs` of them from `start`.
+
+    `slice` is the stored matrix's place in a stack, None for a tensor that is one matrix.
+    """
 
     tensor: str
     outputs: int
+    slice: int | None = None
+    start: int = 0
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the stored matrix, from the shape of its tensor."""
+        if self.slice is None:
+            return shape[0], math.prod(shape[1:])
+        return shape[1], shape[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix merged from factors: O outputs x I inputs, made of one or more stored tensors.
+    """One matrix merged from factors: O outputs x I inputs, made of parts of stored tensors.
 
-    `transposed`: stored as (I, O). `moment` and `leader`: which second moment of which module's
-    input is needed, None for methods that need no data; `observed_in` is the block that module is
-    in, or OUTSIDE. `scaled`: layer scaling applies.
+    `transposed`: stored as (I, O). `moment` and `leader`: which second moment of which input is
+    needed, None for methods that need no data; `observed_in` is the block that it belongs to, or
+    OUTSIDE. `routed`: of experts of a mixture, which may see too few tokens, how many inputs they
+    get together for one token; 0 for other matrices. `scaled`: layer scaling applies.
     """
 
     name: str
@@ -84,6 +97,12 @@ class Matrix:
     moment: Literal["input", "shift"] | None = None
     leader: str | None = None
     observed_in: str = OUTSIDE
+    routed: float = 0.0
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of its update in the store: as its parts are stored."""
+        return (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
 
     @property
     def group(self) -> str:
@@ -96,15 +115,15 @@ class TensorPlan:
     """What happens to one tensor of the output.
 
     "copy" takes the base's, or that of the expert named by `source`. "equal" tensors are copied
-    too, but all experts have to agree with the base. `population` names the tensors whose
-    statistics this one shares.
+    too, but all experts have to agree with the base. `matrices` are those that "factors" cut it
+    into. `population` names the tensors whose statistics this one shares.
     """
 
     name: str
     treatment: Treatment
     alpha: float = 1.0
     method: MethodChoice | None = None
-    matrix: str | None = None
+    matrices: tuple[str, ...] = ()
     why: str = ""
     source: str = ""
     population: str = ""

@@ -218,7 +218,7 @@ class TaskBuilder:
         checkpoint, base = self._opened.experts[expert], self._opened.base
         used = self._tensors_outside(checkpoint, outside)
         matrices = self._matrices_in(where)
-        parts = [p.tensor for m in matrices for p in m.parts]
+        parts = _tensors_of(matrices)
         # What is outside is looked up, not read; a matrix there is read for its update.
         own = [*tensors, *(n for n in parts if n not in set(tensors))]
         arrays = sum(self._factor_bytes(m) for m in matrices)
@@ -245,7 +245,7 @@ class TaskBuilder:
             reads=tuple(own),
             writes=tuple(f"factors.zarr/{m.name}" for m in matrices),
             read_bytes=_sizes(checkpoint, [*own, *self._converted(checkpoint, used)])
-            + _sizes(base, parts),
+            + sum(_part_bytes(base, m) for m in matrices),
             write_bytes=arrays + hidden_bytes,
             kept_bytes=arrays,
             flops=sum(self._moment_flops(m) for m in matrices)
@@ -300,7 +300,7 @@ class TaskBuilder:
         groups: dict[str, list[Matrix]] = {}
         for m in matrices:
             groups.setdefault(m.observed_in, []).append(m)
-        moments = {where: _moments_bytes(group) for where, group in groups.items()}
+        moments = {where: self._moments_bytes(group) for where, group in groups.items()}
         kept = moments.pop(OUTSIDE, 0) if whole else 0
         casts = [self._cast_bytes(checkpoint, tensors)]
         if whole:
@@ -318,6 +318,30 @@ class TaskBuilder:
             + max(moments.values(), default=0)
             + max(activations, factoring)
         )
+
+    def _moments_bytes(self, matrices: Sequence[Matrix]) -> int:
+        """Moments of matrices that are observed together.
+
+        Of the experts of a mixture each keeps its tokens as long as they take less than a moment.
+        """
+        sizes: dict[str, int] = {}
+        stacks: dict[tuple[str, int], tuple[set[str], float]] = {}
+        for m in matrices:
+            kind, leader = str(m.moment), str(m.leader)
+            size = budget.moment_bytes(kind, m.outputs, m.inputs)
+            if m.routed:
+                stack = stacks.setdefault((leader.partition("#")[0], m.inputs), (set(), m.routed))
+                stack[0].add(leader)
+            elif kind == "input":
+                sizes[leader] = size
+            else:
+                sizes[f"{m.name} shift"] = size + m.outputs * m.inputs * budget.F64
+        total = sum(sizes.values())
+        for (_, inputs), (leaders, routed) in stacks.items():
+            moment = budget.moment_bytes("input", inputs, inputs)
+            tokens = int(self._hidden_tokens() * routed) * inputs * budget.F32
+            total += min(len(leaders) * moment, tokens + moment)
+        return total
 
     # Statistics ------------------------------------------------------------------------------
 
@@ -402,7 +426,7 @@ class TaskBuilder:
             yield self._merge(matrix)
 
     def _merge(self, m: Matrix) -> Task:
-        names = [p.tensor for p in m.parts]
+        names = _tensors_of([m])
         update = m.outputs * m.inputs * budget.F32
         columns = m.rank * self._num_experts
         method = method_of(m.method)
@@ -417,7 +441,7 @@ class TaskBuilder:
         else:
             after = ()
             everyone = [self._opened.base, *self._opened.experts.values()]
-            read = sum(_sizes(c, names) for c in everyone)
+            read = sum(_part_bytes(c, m) for c in everyone)
             factors = columns * (m.outputs + m.inputs) * budget.F32
             peak = max(combine, budget.basis_bytes(m.outputs, m.inputs)) + factors
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
@@ -444,7 +468,7 @@ class TaskBuilder:
                 *identity,
             ],
             reads=() if m.moment else tuple(names),
-            writes=tuple(f"factors.zarr/{n}/update" for n in names),
+            writes=(f"factors.zarr/{m.name}/update",),
             read_bytes=read,
             write_bytes=update,
             kept_bytes=update,
@@ -508,10 +532,12 @@ class TaskBuilder:
             if plan.treatment == "copy" and plan.source:
                 identity.append(self._opened.experts[plan.source].identity(plan.name))
             if plan.treatment == "factors":
-                matrix = self._treatments.matrices[str(plan.matrix)]
-                merge, scale = self._update_keys[matrix.name], f"scale/{matrix.group}"
-                depends.append(scale if matrix.scaled else merge)
-                after += [merge, depends[-1]]
+                for name in plan.matrices:
+                    matrix = self._treatments.matrices[name]
+                    merge, scale = self._update_keys[name], f"scale/{matrix.group}"
+                    depends.append(scale if matrix.scaled else merge)
+                    after += [merge, depends[-1]]
+                    identity.append(matrix.parts)
             elif plan.treatment != "copy":
                 experts = self._opened.experts.values()
                 identity += [e.identity(plan.name) for e in experts]
@@ -639,18 +665,6 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
         )
 
 
-def _moments_bytes(matrices: Iterable[Matrix]) -> int:
-    """All moments of one block, inputs shared by several matrices once."""
-    sides: dict[object, int] = {}
-    for m in matrices:
-        kind = str(m.moment)
-        key = m.leader if kind == "input" else m.name
-        sides[key] = budget.moment_bytes(kind, m.outputs, m.inputs)
-        if kind == "shift":
-            sides[f"{m.name} update"] = m.outputs * m.inputs * budget.F64
-    return sum(sides.values())
-
-
 def _groups(
     names: Iterable[str], tensors: Mapping[str, TensorInfo], limit_bytes: int
 ) -> Iterator[list[str]]:
@@ -676,6 +690,23 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _tensors_of(matrices: Iterable[Matrix]) -> list[str]:
+    """Names of the stored tensors that matrices are made of."""
+    return list(dict.fromkeys(part.tensor for m in matrices for part in m.parts))
+
+
+def _part_bytes(checkpoint: Checkpoint, m: Matrix) -> int:
+    """What is read of a checkpoint for one matrix; of a transposed one, the whole stored matrix."""
+    read: dict[tuple[str, int | None, int], int] = {}
+    for part in m.parts:
+        info = checkpoint.tensors[part.tensor]
+        rows, columns = part.stored_shape(info.shape)
+        elements = rows * columns if m.transposed else part.outputs * columns
+        start = 0 if m.transposed else part.start
+        read[part.tensor, part.slice, start] = elements * info.kind.bits // 8
+    return sum(read.values())
 
 
 def _sizes(checkpoint: Checkpoint, names: Iterable[str]) -> int:

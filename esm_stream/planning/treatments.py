@@ -8,7 +8,6 @@ that the profile says not to merge are copied; the method's own matrices go to i
 `other_matrices`; everything else is averaged.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,27 +38,13 @@ from esm_stream.methods.contract import AnyMethod, ElementwiseMethod
 from esm_stream.methods.esm import Esm
 from esm_stream.methods.profiles import Profile, default_alpha
 from esm_stream.planning.opening import Opened
+from esm_stream.planning.pieces import Piece, Pieces
 from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan, digest
 
 _FUSED_KINDS = ("q", "k", "v")
+UNOBSERVED = "no hook sees its input"
 # A gated MLP has two up-projections: profiles that name "up" mean both.
 IMPLIED_KINDS = {"gate": "up", "gate_up": "up"}
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A stored matrix whose input hooks observe: the module and the leader of its input."""
-
-    module: str
-    leader: str
-    transposed: bool
-    shared: bool
-    block: str
-
-    @property
-    def in_block(self) -> bool:
-        """Whether the matrix belongs to a block."""
-        return self.block != OUTSIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +55,14 @@ class _Choice:
     alpha: float
     why: str
     fuse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A piece that is merged by factors, and how."""
+
+    piece: Piece
+    choice: _Choice
 
 
 class Depths:
@@ -96,7 +89,7 @@ class Treatments:
 
     def __init__(self, opened: Opened) -> None:
         self.opened = opened
-        self.observed = observed_tensors(opened)
+        self.pieces = Pieces(opened)
         self.tensors: dict[str, TensorPlan] = {}
         self.matrices: dict[str, Matrix] = {}
         self.populations: dict[str, MethodChoice] = {}
@@ -138,7 +131,7 @@ class Treatments:
     def _decide(self) -> None:
         """Fill `tensors` and `matrices`."""
         skipped = matcher(self.opened.manifest.base.skip)
-        waiting: list[tuple[TensorInfo, _Choice]] = []
+        waiting: list[_Unit] = []
         for name, info in self.opened.base.tensors.items():
             if skipped(name):
                 self.tensors[name] = TensorPlan(name, "copy", why="[base] skip")
@@ -151,18 +144,23 @@ class Treatments:
                 if isinstance(choice, TensorPlan):
                     self.tensors[name] = choice
                 elif merges_matrices(self._method(choice.method)):
-                    waiting.append((info, choice))
+                    waiting += [_Unit(piece, choice) for piece in self.pieces.of(info)]
                     self.tensors[name] = TensorPlan(name, "factors", choice.alpha, why=choice.why)
                 else:
                     self.tensors[name] = self._elementwise(name, choice)
-        for group in _fused(waiting, self.observed):
-            self._require_alike(group)
+        for group in self._fused(waiting):
             matrix = self._matrix(group)
             self.matrices[matrix.name] = matrix
             for part in matrix.parts:
                 plan = self.tensors[part.tensor]
+                names = dict.fromkeys((*plan.matrices, matrix.name))
                 self.tensors[part.tensor] = TensorPlan(
-                    part.tensor, "factors", matrix.alpha, matrix.method, matrix.name, plan.why
+                    part.tensor,
+                    "factors",
+                    matrix.alpha,
+                    matrix.method,
+                    tuple(names),
+                    plan.why,
                 )
 
     def _elementwise(self, name: str, choice: _Choice) -> TensorPlan:
@@ -182,37 +180,108 @@ class Treatments:
             population=population,
         )
 
-    def _require_alike(self, group: list[tuple[TensorInfo, _Choice]]) -> None:
+    def _fused(self, waiting: list[_Unit]) -> Iterable[list[_Unit]]:
+        """Pieces that form one matrix: by [merge] fuse, or q, k, v where the profile says so."""
+        groups: dict[object, list[_Unit]] = {}
+        patterns: dict[object, tuple[str, ...]] = {}
+        for unit in waiting:
+            piece, kind = unit.piece, kind_of(unit.piece.tensor)
+            fuse = self._fuse_of(piece.tensor)
+            key: object = piece.name
+            if fuse is not None:
+                key = (fuse, _parent(piece.tensor), piece.slice, piece.part)
+                patterns[key] = fuse
+            elif unit.choice.fuse and kind in _FUSED_KINDS:
+                input_of = piece.seen.leader if piece.seen else _parent(piece.tensor)
+                key = (block_of(piece.tensor), input_of)
+            groups.setdefault(key, []).append(unit)
+        for key, group in groups.items():
+            if key in patterns:
+                self._require_fusible(group, patterns[key])
+            else:
+                group.sort(key=lambda unit: "qkv".find(str(kind_of(unit.piece.tensor))))
+                self._require_alike(group)
+        return groups.values()
+
+    def _fuse_of(self, name: str) -> tuple[str, ...] | None:
+        """The patterns of [merge] fuse, of which one is for a tensor."""
+        return next((f for f in self._merge.fuse if matcher(f)(name)), None)
+
+    def _require_fusible(self, group: list[_Unit], patterns: tuple[str, ...]) -> None:
+        """One tensor for each pattern, in their order, all treated alike, with one input.
+
+        Raises:
+            ManifestError: Otherwise.
+        """
+        group.sort(key=lambda unit: [matcher([p])(unit.piece.tensor) for p in patterns].index(True))
+        names = ", ".join(unit.piece.name for unit in group)
+        found = [
+            compile_pattern(p).fullmatch(u.piece.tensor)
+            for p, u in zip(patterns, group, strict=False)
+        ]
+        if len(group) != len(patterns) or not all(found):
+            raise ManifestError(
+                f"merge.fuse: of {', '.join(patterns)} one module has only {names} among what is "
+                f"merged as matrices; there has to be one tensor for each pattern"
+            )
+        inputs = {(u.piece.inputs, u.piece.transposed, u.piece.seen) for u in group}
+        if len(inputs) > 1:
+            raise ManifestError(f"merge.fuse: {names} do not have the same input")
+        if any(u.choice != group[0].choice for u in group):
+            raise ManifestError(
+                f"merge.fuse: rules treat {names} differently; let a rule match all or none of them"
+            )
+
+    def _require_alike(self, group: list[_Unit]) -> None:
         """Parts of one matrix get one treatment.
 
         Raises:
             ManifestError: A rule singles out a part of q, k, v that the profile merges as one.
         """
-        info, choice = group[0]
-        if not choice.fuse or kind_of(info.name) not in _FUSED_KINDS:
+        name, choice = group[0].piece.tensor, group[0].choice
+        if not choice.fuse or kind_of(name) not in _FUSED_KINDS:
             return
-        names = {item.name for item, _ in group}
+        names = {unit.piece.tensor for unit in group}
         siblings = [
-            name
-            for name in self.opened.base.tensors
-            if kind_of(name) in _FUSED_KINDS
-            and name.endswith(".weight")
-            and block_of(name) == block_of(info.name)
-            and _parent(name) == _parent(info.name)
+            other
+            for other in self.opened.base.tensors
+            if kind_of(other) in _FUSED_KINDS
+            and other.endswith(".weight")
+            and block_of(other) == block_of(name)
+            and _parent(other) == _parent(name)
         ]
-        others = [name for name in siblings if name not in names]
-        if others or len({item.alpha for _, item in group}) > 1:
+        others = [other for other in siblings if other not in names]
+        if others or len({unit.choice.alpha for unit in group}) > 1:
             raise ManifestError(
                 f"a rule singles out a part of {', '.join(siblings)}, which the profile merges as "
                 "one matrix; let its pattern match all of them, or set fuse_qkv = false in "
                 "[merge.options]"
             )
 
+    def unobserved(self) -> list[str]:
+        """A note on matrices in blocks that would be merged from what they see, if any hook saw it.
+
+        Empty for methods that need no data.
+        """
+        if self.profile is None or self.opened.skeleton is None:
+            return []
+        missed = {
+            name: plan
+            for name, plan in self.tensors.items()
+            if plan.why == UNOBSERVED and not self._copied(name)
+        }
+        if not missed:
+            return []
+        methods = sorted({plan.method.name for plan in missed.values() if plan.method})
+        return [f"no hook sees the inputs of {', '.join(missed)}; merged by {', '.join(methods)}"]
+
     def unused_patterns(self) -> list[str]:
         """Notes on patterns of the manifest that match no tensor."""
         manifest = self.opened.manifest
         names = {n for c in (self.opened.base, *self.opened.experts.values()) for n in c.tensors}
         patterns = [("[base] skip", pattern) for pattern in manifest.base.skip]
+        patterns += [("merge.fuse", p) for fuse in manifest.merge.fuse for p in fuse]
+        patterns += [("merge.split", split.tensors) for split in manifest.merge.split]
         notes = [
             f"{what} '{pattern}' matches no tensor"
             for what, pattern in patterns
@@ -247,12 +316,12 @@ class Treatments:
         choice = self._chosen(str(rule.method), rule.options, rule.weights, depth)
         method = self._method(choice)
         if merges_matrices(method):
-            if info.ndim != 2:
+            if not self._is_matrix(info) and info.name not in self.pieces:
                 raise ManifestError(
                     f"{rule.place} asks for '{rule.method}' on tensor '{info.name}' of "
                     f"shape {info.shape}; this method merges matrices only"
                 )
-            if uses_moments(method) and info.name not in self.observed:
+            if uses_moments(method) and info.name not in self.pieces:
                 raise ManifestError(
                     f"{rule.place} asks for '{rule.method}' on tensor '{info.name}', "
                     'whose inputs cannot be observed; set options = { decomposition = "svd" }'
@@ -274,7 +343,7 @@ class Treatments:
         if self._is_target(info, self.profile):
             return _Choice(main, alpha, "target", fuse=self.profile.fuse_qkv)
         alpha = alpha if self.profile.alpha_on == "all" else 1.0
-        if info.ndim == 2 and self.profile.other_matrices == "tsv":
+        if self._is_matrix(info) and self.profile.other_matrices == "tsv":
             tsv = {"mean_singular_factor": self.profile.other_mean_singular_factor}
             choice = self._chosen("tsv_m", tsv, weights, depth)
             return _Choice(choice, alpha, self._why_other(info))
@@ -284,7 +353,7 @@ class Treatments:
         """Whether a main method without profile is for a tensor."""
         if not merges_matrices(method):
             return True
-        if info.ndim != 2 or (uses_moments(method) and info.name not in self.observed):
+        if not self._is_matrix(info) or (uses_moments(method) and info.name not in self.pieces):
             return False
         in_block = block_of(info.name) is not None
         return in_block or not getattr(method, "blocks_only", False)
@@ -292,10 +361,10 @@ class Treatments:
     def _is_target(self, info: TensorInfo, profile: Profile) -> bool:
         method = self._method(self._main(info, None))
         assert isinstance(method, Esm)
-        if info.ndim != 2:
+        if not self._is_matrix(info):
             return False
         in_block = (
-            self._seen_in_block(info.name)
+            self.pieces.in_block(info.name)
             if method.uses_moments
             else block_of(info.name) is not None
         )
@@ -307,48 +376,57 @@ class Treatments:
             wanted |= {"q", "k", "v"}
         return kind in wanted or IMPLIED_KINDS.get(str(kind)) in wanted
 
-    def _seen_in_block(self, name: str) -> bool:
-        return name in self.observed and self.observed[name].in_block
+    def _is_matrix(self, info: TensorInfo) -> bool:
+        """Two dimensions, or a known stack, or a part of a block that is kept in more dimensions.
+
+        Convolutions are not: a rule has to ask for them.
+        """
+        if info.ndim == 2 or self.pieces.is_stack(info.name):
+            return True
+        return info.name in self.pieces and kind_of(info.name) is not None
 
     def _why_other(self, info: TensorInfo) -> str:
-        if info.ndim != 2:
+        if not self._is_matrix(info):
             return f"{info.ndim}-dimensional"
         if block_of(info.name) is None:
             return "outside the blocks"
-        return "not a target" if info.name in self.observed else "no hook sees its input"
+        return "not a target" if info.name in self.pieces else UNOBSERVED
 
-    def _matrix(self, group: list[tuple[TensorInfo, _Choice]]) -> Matrix:
-        """One matrix of one or more stored tensors."""
-        infos, choice = [info for info, _ in group], group[0][1]
-        seen = self.observed.get(infos[0].name)
-        transposed = seen.transposed if seen else False
-        shapes = [tuple(reversed(i.shape)) if transposed else i.shape for i in infos]
-        outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+    def _matrix(self, group: list[_Unit]) -> Matrix:
+        """One matrix of one or more pieces."""
+        pieces, choice, first = [u.piece for u in group], group[0].choice, group[0].piece
+        outputs = sum(piece.outputs for piece in pieces)
         method = self._method(choice.method)
-        name = infos[0].name if len(infos) == 1 else fused_name(i.name for i in infos)
+        name = first.name if len(pieces) == 1 else fused_name(piece.name for piece in pieces)
         moment = leader = None
         if uses_moments(method):
-            assert seen is not None
-            leader = seen.leader
-            shared = seen.shared and len(infos) == 1
-            moment = "shift" if inputs > outputs and not shared else "input"
+            assert first.seen is not None
+            leader = first.seen.leader
+            # Routed inputs are few, and their updates many: what is kept are the inputs.
+            shared = bool(first.seen.routed) or (first.seen.shared and len(pieces) == 1)
+            moment = "shift" if first.inputs > outputs and not shared else "input"
         return Matrix(
             name=name,
-            parts=tuple(Part(i.name, s[0]) for i, s in zip(infos, shapes, strict=True)),
+            parts=tuple(
+                Part(piece.tensor, stop - start, piece.slice, start)
+                for piece in pieces
+                for start, stop in piece.ranges
+            ),
             outputs=outputs,
-            inputs=inputs,
-            transposed=transposed,
+            inputs=first.inputs,
+            transposed=first.transposed,
             role=role_of(name),
             block=block_of(name),
             method=choice.method,
             alpha=choice.alpha,
-            rank=method.rank((outputs, inputs), self._num_experts)
+            rank=method.rank((outputs, first.inputs), self._num_experts)
             if is_factor_method(method)
             else 0,
             scaled=self.profile is not None and "layer" in self.profile.levels,
             moment=moment,  # type: ignore[arg-type]
             leader=leader,
-            observed_in=seen.block if seen else OUTSIDE,
+            observed_in=first.seen.block if first.seen else OUTSIDE,
+            routed=first.seen.routed if first.seen else 0.0,
         )
 
 
@@ -362,43 +440,6 @@ def rule_matches(rule: Rule, name: str) -> bool:
 def _number(value: object) -> float:
     assert isinstance(value, int | float)
     return float(value)
-
-
-def observed_tensors(opened: Opened) -> dict[str, Seen]:
-    """Stored matrices whose inputs hooks see, by tensor name."""
-    if opened.trace is None or opened.skeleton is None:
-        return {}
-    found = {}
-    for block, matrices in opened.trace.matrices.items():
-        users = Counter(matrix.leader for matrix in matrices)
-        for matrix in matrices:
-            tensor = opened.skeleton.stored.get(matrix.parameter)
-            if tensor is not None and matrix.stack is None:
-                found[tensor] = Seen(
-                    matrix.key,
-                    matrix.leader,
-                    matrix.layout.transposed,
-                    users[matrix.leader] > 1,
-                    block,
-                )
-    return found
-
-
-def _fused(
-    waiting: list[tuple[TensorInfo, _Choice]], observed: dict[str, Seen]
-) -> Iterable[list[tuple[TensorInfo, _Choice]]]:
-    """Group q, k, v of one block where their choice says so; every other tensor is alone."""
-    groups: dict[object, list[tuple[TensorInfo, _Choice]]] = {}
-    for info, choice in waiting:
-        kind = kind_of(info.name)
-        fuse = choice.fuse and kind in _FUSED_KINDS
-        seen = observed.get(info.name)
-        sibling = (block_of(info.name), seen.leader if seen else _parent(info.name))
-        groups.setdefault(sibling if fuse else info.name, []).append((info, choice))
-    return [
-        sorted(group, key=lambda item: "qkv".find(str(kind_of(item[0].name))))
-        for group in groups.values()
-    ]
 
 
 def _parent(name: str) -> str:

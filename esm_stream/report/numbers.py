@@ -20,6 +20,7 @@ from esm_stream.store.work import WorkDirectory
 
 # Above this, small differences of the inputs decide directions of the result (methods.md 1.3).
 CONDITION_LIMIT = 1e6
+NAMES_SHOWN = 20
 # Storage rounding of bf16 experts moves the merge by tens of percent below this |D| / |W|.
 SMALL_UPDATE = 0.01
 
@@ -112,7 +113,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
     found: dict[str, Any] = {
         "role": matrix.role,
         "shape": [matrix.outputs, matrix.inputs],
-        "tensors": [part.tensor for part in matrix.parts],
+        "tensors": list(dict.fromkeys(part.tensor for part in matrix.parts)),
         "method": matrix.method.name,
         "alpha": matrix.alpha,
         "layer_scale": scale,
@@ -129,6 +130,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
             for name, v in per_expert.items()
         }
         found["tokens"] = {name: v["tokens"] for name, v in per_expert.items()}
+        found["without_samples"] = [name for name, v in per_expert.items() if v["too_few"]]
     return found
 
 
@@ -146,7 +148,26 @@ def _warnings(matrices: dict[str, dict[str, Any]], experts: dict[str, Checkpoint
                     f"{name}: stacked {side} have condition {condition:.1e}, {dropped} directions "
                     "dropped"
                 )
+    lines += _too_few_tokens(matrices, experts)
     lines += _small_updates(matrices, experts)
+    return lines
+
+
+def _too_few_tokens(
+    matrices: dict[str, dict[str, Any]], experts: dict[str, Checkpoint]
+) -> list[str]:
+    """Matrices that saw too little of an expert's samples for a basis made from them."""
+    lines = []
+    for expert in experts:
+        names = [n for n, found in matrices.items() if expert in found.get("without_samples", ())]
+        if names:
+            shown = ", ".join(f"{n} ({matrices[n]['tokens'][expert]})" for n in names[:NAMES_SHOWN])
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            lines.append(
+                f'expert "{expert}": {len(names)} matrices saw no token, or, as experts of a '
+                "mixture, fewer than the directions kept; their bases are those of their updates "
+                f"alone (tokens in brackets): {shown}{more}"
+            )
     return lines
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.errors import DataError
-from esm_stream.planning.plan import Matrix, Plan, Task
+from esm_stream.planning.plan import Matrix, Part, Plan, Task
 from esm_stream.store.factors import FactorStore
 from esm_stream.store.work import Output, WorkDirectory
 from esm_stream.subspace.basis import frobenius_norm
@@ -41,6 +41,7 @@ class Context:
         self._stack = stack
         self._readers: dict[str, TensorReader] = {}
         self._views: dict[tuple[str, str], Tensor] = {}
+        self._ranges: dict[tuple[str, str, int, int], Tensor] = {}
 
     def reader(self, name: str) -> TensorReader:
         """Reader of an expert, or of the base (name BASE)."""
@@ -76,11 +77,33 @@ class Context:
         """
         parts = []
         for part in matrix.parts:
-            base = self.tensor(BASE, part.tensor).to(self.device, torch.float32)
-            difference = self.tensor(expert, part.tensor).to(self.device, torch.float32) - base
+            base = self.part(BASE, matrix, part).to(self.device, torch.float32)
+            difference = self.part(expert, matrix, part).to(self.device, torch.float32) - base
             require_finite(difference, part.tensor, expert, base)
-            parts.append(difference.T if matrix.transposed else difference)
+            parts.append(difference)
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+    def part(self, model: str, matrix: Matrix, part: Part) -> Tensor:
+        """A part of a matrix in place, (O, I); asked for twice, it is read once."""
+        shape = self.reader(model).checkpoint.tensors[part.tensor].shape
+        rows, columns = part.stored_shape(shape)
+        first = (part.slice or 0) * rows * columns
+        if matrix.transposed:
+            stored_IO = self._elements(model, part.tensor, first, first + rows * columns)
+            return stored_IO.view(rows, columns)[:, part.start : part.start + part.outputs].T
+        first += part.start * columns
+        stored = self._elements(model, part.tensor, first, first + part.outputs * columns)
+        return stored.view(part.outputs, columns)
+
+    def _elements(self, model: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a tensor; from the view of the whole if that has been asked for."""
+        numel = self.reader(model).checkpoint.tensors[name].numel
+        if (model, name) in self._views or (start, stop) == (0, numel):
+            return self.tensor(model, name).view(-1)[start:stop]
+        key = model, name, start, stop
+        if key not in self._ranges:
+            self._ranges[key] = self.reader(model).elements(name, start, stop)
+        return self._ranges[key]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Stage 4 (pass 1): factors of all experts -> merged update of one matrix, and its norm.
 
 From:  the store, where the forward put them; for methods without data, base and experts themselves.
-To:    factors.zarr/<tensor>/update, before layer scaling and alpha, in the tensor's stored shape.
+To:    factors.zarr/<matrix>/update, before layer scaling and alpha, transposed if it is stored so.
 Peak:  subspace/product.py. Bases that the forward stored are read panel by panel; those made here
        are kept in float32, all experts' together no larger than the matrix or its square.
 """
@@ -26,12 +26,9 @@ def run(context: Context) -> TaskResult:
     merged = _merged(context, matrix)
     norm = frobenius_norm(merged.update_OI)
     result = TaskResult(values={"norm": norm, **merged.diagnostics})
-    start = 0
-    for part in matrix.parts:
-        update = merged.update_OI[start : start + part.outputs]
-        start += part.outputs
-        written = context.store.write_update(part.tensor, update.T if matrix.transposed else update)
-        result.outputs += [context.directory.record(path) for path in written]
+    update = merged.update_OI.T if matrix.transposed else merged.update_OI
+    written = context.store.write_update(matrix.name, update)
+    result.outputs += [context.directory.record(path) for path in written]
     return result
 
 

@@ -65,7 +65,10 @@ def factor(
     """Factor one expert's update of one matrix and store it; returns its norm, rank, tokens."""
     plan, expert = context.plan, context.task.expert
     method = factor_method(matrix.method)
-    factors = method.factor(context.update(expert, matrix), moment, len(plan.experts))
+    # Too little was seen of it: no moment at all takes the basis from the update alone.
+    few = moment.tokens == 0 or (bool(matrix.routed) and moment.tokens < matrix.rank)
+    update_OI = context.update(expert, matrix)
+    factors = method.factor(update_OI, None if few else moment, len(plan.experts))
     written = context.store.write_factors(matrix.name, plan.expert_names.index(expert), factors)
     result.outputs += [context.directory.record(path) for path in written]
     return {
@@ -73,6 +76,7 @@ def factor(
         "base_norm": _base_norm(context, matrix),
         "rank": int(factors.basis_OK.shape[1]),
         "tokens": moment.tokens,
+        "too_few": int(few),
     }
 
 
@@ -83,4 +87,4 @@ def _moment_key(matrix: Matrix) -> str:
 
 def _base_norm(context: Context, matrix: Matrix) -> float:
     """Frobenius norm of the base's matrix, to judge how large the update is."""
-    return math.hypot(*(frobenius_norm(context.tensor(BASE, p.tensor)) for p in matrix.parts))
+    return math.hypot(*(frobenius_norm(context.part(BASE, matrix, p)) for p in matrix.parts))

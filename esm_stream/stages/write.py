@@ -5,15 +5,16 @@ To:    `<shard>.partial` in the output directory, in panels of rows; sealed, `<s
 Peak:  a few panels of PANEL_BYTES, whatever the number of experts and the size of the tensor.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from esm_stream.budget import PANEL_BYTES
 from esm_stream.methods import elementwise_method
-from esm_stream.planning.plan import Plan, TensorPlan
+from esm_stream.planning.plan import Matrix, Part, Plan, TensorPlan
 from esm_stream.stages.context import BASE, Context, TaskResult, checkpoint_at
 from esm_stream.stages.measure import facts_of_population
 from esm_stream.stages.panels import Panels, facts_of_tensor
@@ -57,7 +58,7 @@ def _write_tensor(
     if not target.kind.is_float or (plan.treatment == "copy" and stored.kind == target.kind):
         _copy(context, plan, writer)
         return
-    merge = _merged_panels if plan.treatment == "elementwise" else _merged_rows
+    merge = _WAYS[plan.treatment]
     dtype: torch.dtype = getattr(torch, str(target.kind.torch_name))
     size = target.kind.bits // 8
     for first, merged in merge(context, plan):
@@ -80,23 +81,85 @@ def _merged_panels(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Te
         yield panel.first, added(panel.base_N, method.merge(panel, known), plan.alpha)
 
 
-def _merged_rows(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
-    """Rows of a copied tensor, or of one whose merged update is in the store."""
+def _copied_rows(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a tensor that is copied into another dtype."""
     reader = context.reader(plan.source or BASE)
     stored = reader.checkpoint.tensors[plan.name]
     rows = max(1, PANEL_BYTES // max(stored.row_nbytes, 1))
     for start in range(0, stored.num_rows, rows):
-        stop = min(start + rows, stored.num_rows)
-        base = reader.rows(plan.name, start, stop)
-        # float64 weights keep their precision; everything else is computed in float32.
-        wide = base.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
-        first = start * (stored.numel // stored.num_rows)
-        if plan.treatment == "copy":
-            yield first, wide
-            continue
-        matrix = context.plan.matrices[str(plan.matrix)]
-        update = context.store.read_update(plan.name, start, stop)
-        yield first, added(wide, update.to(wide.dtype), plan.alpha * scale_of(context, matrix))
+        values = reader.rows(plan.name, start, min(start + rows, stored.num_rows))
+        yield start * (stored.numel // stored.num_rows), _wide(values)
+
+
+def _merged_matrices(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
+    """Rows of the stored matrices of a tensor, whose merged updates are in the store.
+
+    The parts of one stored matrix lie below each other; those of a transposed one side by side.
+    """
+    stored: dict[int | None, list[_Laid]] = {}
+    for name in dict.fromkeys(plan.matrices):
+        matrix, offset = context.plan.matrices[name], 0
+        coefficient = plan.alpha * scale_of(context, matrix)
+        for part in matrix.parts:
+            if part.tensor == plan.name:
+                laid = _Laid(matrix, part, offset, coefficient)
+                stored.setdefault(part.slice, []).append(laid)
+            offset += part.outputs
+    info = context.reader(BASE).checkpoint.tensors[plan.name]
+    for laid_parts in stored.values():
+        laid_parts.sort(key=lambda laid: laid.part.start)
+        part = laid_parts[0].part
+        rows, columns = part.stored_shape(info.shape)
+        first = (part.slice or 0) * rows * columns
+        if laid_parts[0].matrix.transposed:
+            yield from _panels(context, plan.name, laid_parts, (first, rows, columns))
+        else:
+            for laid in laid_parts:
+                here = first + laid.part.start * columns, laid.part.outputs, columns
+                yield from _panels(context, plan.name, [laid], here)
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A part of a tensor, where it begins in its matrix's outputs, and what its update is times."""
+
+    matrix: Matrix
+    part: Part
+    offset: int
+    coefficient: float
+
+    def update(self, context: Context, start: int, stop: int) -> Tensor:
+        """Stored rows of its merged update."""
+        if not self.matrix.transposed:
+            rows = self.offset + start, self.offset + stop
+            return context.store.read_update(self.matrix.name, *rows)
+        update_IO = context.store.read_update(self.matrix.name, start, stop)
+        return update_IO[:, self.offset : self.offset + self.part.outputs]
+
+
+def _panels(
+    context: Context, tensor: str, parts: Sequence[_Laid], place: tuple[int, int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Panels of stored rows that parts take up side by side; `place` is first element and shape."""
+    first, rows, columns = place
+    reader = context.reader(BASE)
+    size = reader.checkpoint.tensors[tensor].kind.bits // 8
+    step = max(1, PANEL_BYTES // max(columns * size, 1))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        panel = first + start * columns, first + stop * columns
+        base = _wide(reader.elements(tensor, *panel).view(-1, columns))
+        widths = [p.part.outputs for p in parts] if len(parts) > 1 else [columns]
+        merged = [
+            added(one, part.update(context, start, stop).to(base.dtype), part.coefficient)
+            for one, part in zip(base.split(widths, dim=1), parts, strict=True)
+        ]
+        yield panel[0], merged[0] if len(merged) == 1 else torch.cat(merged, dim=1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """float64 weights keep their precision; everything else is computed in float32."""
+    return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
 def added(base: Tensor, update: Tensor, coefficient: float) -> Tensor:
@@ -116,3 +179,10 @@ def _copy(context: Context, plan: TensorPlan, writer: ShardWriter) -> None:
         check()
         stop = min(start + PANEL_BYTES, size)
         writer.write_bytes(plan.name, start, reader.raw_bytes(plan.name, start, stop))
+
+
+_WAYS: Final = {
+    "copy": _copied_rows,
+    "elementwise": _merged_panels,
+    "factors": _merged_matrices,
+}

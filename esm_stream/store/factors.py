@@ -6,7 +6,7 @@ To:    the merge and write stages; anyone with `zarr.open`.
 <matrix>/basis (T, O, K), <matrix>/coordinates (T, K, I) float32, <matrix>/spectrum (T, min(O, I))
 float64: one chunk (or several, for large matrices) per expert, so that experts never share a file.
 A basis is read by panels of rows when a merge asks for them.
-<tensor>/update: the merged update in the tensor's stored shape, float32, before layer scaling and
+<matrix>/update: the merged update, (I, O) where it is stored so, float32, before layer scaling and
 alpha. Checksums (crc32c) and no compression; a missing chunk reads as NaN, never as zeros.
 """
 
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 
 class FactorStore:
-    """Arrays of one merge, by matrix and by tensor."""
+    """Arrays of one merge, by matrix."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -43,9 +43,9 @@ class FactorStore:
         self._array(f"{file_name(matrix)}/coordinates", (experts, rank, inputs), np.float32)
         self._array(f"{file_name(matrix)}/spectrum", (experts, min(outputs, inputs)), np.float64)
 
-    def create_update(self, tensor: str, shape: tuple[int, ...]) -> None:
-        """Lay out the merged update of one tensor."""
-        self._array(f"{file_name(tensor)}/update", shape, np.float32, leading=False)
+    def create_update(self, matrix: str, shape: tuple[int, ...]) -> None:
+        """Lay out the merged update of one matrix."""
+        self._array(f"{file_name(matrix)}/update", shape, np.float32, leading=False)
 
     def _array(
         self,
@@ -103,19 +103,19 @@ class FactorStore:
         spectrum = self.read(f"{name}/spectrum", (expert, slice(None)))
         return Factors(basis, coordinates.to(device), spectrum.to(device), norm)
 
-    def write_update(self, tensor: str, update: Tensor) -> list[Path]:
-        """Store a merged update in its tensor's stored shape; returns the files written."""
-        array = self._open(f"{file_name(tensor)}/update", "r+")
+    def write_update(self, matrix: str, update: Tensor) -> list[Path]:
+        """Store a merged update; returns the files written."""
+        array = self._open(f"{file_name(matrix)}/update", "r+")
         array[...] = update.float().cpu().numpy()
-        return list(_chunk_files(self.root / file_name(tensor) / "update", array))
+        return list(_chunk_files(self.root / file_name(matrix) / "update", array))
 
-    def read_update(self, tensor: str, start: int, stop: int) -> Tensor:
+    def read_update(self, matrix: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a merged update, float32.
 
         Raises:
             DataError: A chunk is missing or damaged.
         """
-        return self.read(f"{file_name(tensor)}/update", (slice(start, stop),))
+        return self.read(f"{file_name(matrix)}/update", (slice(start, stop),))
 
     def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
         return zarr.open_array(self.root / name, mode=mode)

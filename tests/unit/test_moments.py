@@ -1,5 +1,6 @@
 """Moments are X^T X / n, whatever the batches."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -107,3 +108,20 @@ def test_no_tokens_give_a_zero_moment() -> None:
     result = InputMoment(3, CPU).result()
     assert result.tokens == 0
     assert not result.matrix.any()
+
+
+def test_few_tokens_are_kept_and_give_the_same_bits() -> None:
+    """64 tokens of 100 inputs wait, the next 64 make them a sum."""
+    pieces = rows(128, 100, 3).split(16)
+    kept, summed = InputMoment(100, CPU), torch.zeros(100, 100).double()
+    for number, piece in enumerate(pieces):
+        given = piece.clone()
+        kept.add(given)
+        given.zero_()  # what a model does with its activations later
+        summed += piece.T @ piece
+        if number == 3:
+            early = copy.deepcopy(kept).result()
+            assert torch.equal(early.matrix, summed / 64)
+            assert early.tokens == 64
+    assert torch.equal(kept.result().matrix, summed / 128)
+    assert torch.equal(kept.result().matrix, summed / 128)

@@ -187,7 +187,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
             "chain", "", (Step("layers.0"), Step("layers.1")), 12, "bfloat16", ("embed.weight",), ()
         ),
         matrices={"m": matrix},
-        tensors={"t": TensorPlan("t", "factors", 1.5, choice, "m", "target")},
+        tensors={"t": TensorPlan("t", "factors", 1.5, choice, ("m",), "target")},
         tasks={
             "a": Task(
                 "a",
