@@ -379,15 +379,15 @@ class Treatments:
     def _is_matrix(self, info: TensorInfo) -> bool:
         """Two dimensions, or a known stack, or a part of a block that is kept in more dimensions.
 
-        Convolutions are not: a rule has to ask for them.
+        Convolutions are not, a rule has to ask for them; nor are the biases of a stack.
         """
         if info.ndim == 2 or self.pieces.is_stack(info.name):
-            return True
+            return not info.name.endswith("bias")
         return info.name in self.pieces and kind_of(info.name) is not None
 
     def _why_other(self, info: TensorInfo) -> str:
         if not self._is_matrix(info):
-            return f"{info.ndim}-dimensional"
+            return "biases of a stack" if info.ndim == 2 else f"{info.ndim}-dimensional"
         if block_of(info.name) is None:
             return "outside the blocks"
         return "not a target" if info.name in self.pieces else UNOBSERVED

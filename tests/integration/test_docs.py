@@ -38,6 +38,7 @@ from esm_stream.manifest import (
     Output,
     Rule,
     Run,
+    Split,
     load_manifest,
 )
 from esm_stream.methods import available, options_model
@@ -52,6 +53,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "[[experts]]": Expert,
     "[calibration]": Calibration,
     "[merge]": Merge,
+    "[[merge.split]]": Split,
     "[[merge.rules]]": Rule,
     "[output]": Output,
     "[run]": Run,

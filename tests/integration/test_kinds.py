@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeZoo, PlanOf, Run, merge_here
-from models import FUSED, Zoo, load, tensors_of
+from models import FUSED, Family, Zoo, build, draw_inputs, load, save, tensors_of, tuned
 from reference import Variant, esm
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esm_stream.errors import ManifestError
@@ -314,10 +315,29 @@ def test_rules_choose_for_whole_stacks(zoo: MakeZoo, run: Run) -> None:
 
 
 def test_matrices_that_no_hook_sees_are_named_with_what_is_done(
-    zoo: MakeZoo, plan_of: PlanOf
+    plan_of: PlanOf, tmp_path: Path
 ) -> None:
-    plan = plan_of(zoo("bert-classifier"))
-    assert not any("no hook sees" in note for note in plan.notes)
+    """Mamba's A_log has two dimensions and is never multiplied with an input."""
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 60}
+    family = Family("MambaForCausalLM", "MambaConfig", sizes, "backbone.layers", "tokens")
+    base = build(family, 0)
+    save(base, tmp_path / "base")
+    inputs = tmp_path / "inputs.safetensors"
+    save_file(draw_inputs(family, 4, 0, base.config), inputs)
+    for number in range(2):
+        save(tuned(base, number, 0.02), tmp_path / f"{number}")
+    zoo = Zoo(
+        tmp_path,
+        family,
+        tmp_path / "base",
+        {name: tmp_path / name for name in "01"},
+        dict.fromkeys("01", inputs),
+    )
+    plan = plan_of(zoo)
+    names = ", ".join(f"backbone.layers.{i}.mixer.A_log" for i in range(2))
+    assert f"no hook sees the inputs of {names}; merged by average" in plan.notes
+    assert plan.tensors["backbone.layers.0.mixer.A_log"].why == "no hook sees its input"
+    assert "backbone.layers.0.mixer.x_proj.weight" in plan.matrices
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "phi3"])
