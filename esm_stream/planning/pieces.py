@@ -79,7 +79,6 @@ class Pieces:
     """Pieces of all tensors whose inputs are observed."""
 
     def __init__(self, opened: Opened) -> None:
-        self._opened = opened
         self._splits = opened.manifest.merge.split
         self._observed = _observed(opened)
 
