@@ -98,25 +98,37 @@ def svd_flops(outputs: int, inputs: int) -> float:
 
 
 def moment_bytes(kind: str, outputs: int, inputs: int) -> int:
-    """One running second moment, float64, with one float32 product in flight."""
-    side = inputs if kind == "input" else outputs
-    return side * side * (F64 + F32)
+    """One running second moment, float64, with its rows in flight; of shifts with the update.
+
+    As many rows as there are inputs are kept in float32 before a moment of inputs is begun.
+    """
+    if kind == "input":
+        return inputs**2 * (F64 + F32) + PANEL_ROWS * inputs * F64
+    rows = PANEL_ROWS * (inputs * F32 + outputs * (F32 + F64))
+    return outputs**2 * F64 + rows + outputs * inputs * F32
 
 
-def basis_bytes(outputs: int, inputs: int) -> int:
-    """Peak of one expert's basis and coordinates, moment excluded: float64 update and products.
+def basis_bytes(outputs: int, inputs: int, rank: int, *, by_svd: bool = False) -> int:
+    """Peak of one expert's basis and coordinates, moment excluded.
 
-    Tall matrices also hold the Cholesky factor of the moment and two products with it.
+    The update in float32; the eigenproblem on the smaller side (on the input side with the root of
+    the moment and two products); panels; basis and coordinates in float64, and once more as they
+    are stored. `by_svd`: the singular value decomposition of the whole update in float64.
     """
     side = min(outputs, inputs)
-    cholesky = 3 * side * side * F64 if outputs > inputs else 0
-    return 4 * outputs * inputs * F64 + eigh_bytes(side) + cholesky
+    squares = eigh_bytes(side) + 4 * side * side * F64
+    if by_svd:
+        return squares + 4 * outputs * inputs * F64
+    panels = 3 * PANEL_ROWS * inputs * F64
+    results = rank * (outputs + inputs) * (F64 + F32) + rank**2 * 2 * F64
+    return outputs * inputs * F32 + squares + panels + results
 
 
 def basis_flops(outputs: int, inputs: int, rank: int) -> float:
     """Operations of one expert's basis and coordinates by the smaller side (methods.md 1.5)."""
     side = min(outputs, inputs)
-    products = 2.0 * outputs * inputs * side + 2.0 * inputs * inputs * side
+    products = 4.0 * inputs**3 if outputs > inputs else 2.0 * outputs * inputs**2
+    products += 1.0 * outputs * inputs * side + 2.0 * outputs * rank**2
     return products + eigh_flops(side) + 4.0 * outputs * inputs * rank
 
 

@@ -2,32 +2,35 @@
 
 From:  hooks, on the device of the block.
 To:    methods (Factors of one expert), once per matrix and expert, as float64.
-Peak:  one float64 matrix of the kept side, and one float32 product of the same size in flight; the
-       tokens themselves in float32, as long as that is less.
+Peak:  one float64 matrix of the kept side, and CHUNK_ROWS rows of inputs (and of shifts); before it
+       is begun the tokens themselves in float32, as long as that is less.
 
 Letters: N tokens of a micro-batch, O output features, I input features.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from esm_stream.methods.contract import Moment
 
-# float32 products of at most this many rows, summed in float64: the eigenvalues we cut at span
-# 1e10 (methods.md 1.5).
+# Rows are multiplied this many at a time, whatever the batches they came in: where a batch ends
+# moves no bit of a sum.
 CHUNK_ROWS = 1024
 
 
 class InputMoment:
     """G = sum of x^T x over tokens, divided by their number; inputs shared by several matrices.
 
-    As long as there are fewer tokens than inputs the tokens are kept, which takes less than G: one
+    Products and sum are float64: inputs may have directions without energy (a normalised layer has
+    one), which must not show at the 1e-7 of the largest eigenvalue that float32 leaves there. As
+    long as there are fewer tokens than inputs the tokens are kept, which takes less than G: one
     expert of a mixture sees few. The sum is the same to the bit.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self._inputs = inputs
-        self._device = device
+        self._rows = _Rows(inputs, torch.float64, device)
         self._waiting: list[Tensor] = []
         self._sum_II: Tensor | None = None
         self._tokens = 0
@@ -35,53 +38,93 @@ class InputMoment:
     def add(self, x: Tensor) -> None:
         """Add the inputs of one forward, shape (..., I), any float dtype.
 
-        The bits do not depend on the order in which x lies in memory.
+        The bits depend neither on where batches end nor on how x lies in memory.
         """
-        rows_NI = x.reshape(-1, x.shape[-1]).float().contiguous()
-        self._tokens += rows_NI.shape[0]
-        if self._tokens < self._inputs:
-            self._waiting.append(rows_NI.clone())
+        rows_NI = x.reshape(-1, x.shape[-1])
+        self._tokens += len(rows_NI)
+        if self._tokens < self._rows.columns:
+            self._waiting.append(rows_NI.to(torch.float32, copy=True))
         else:
-            self._sum([*self._waiting, rows_NI])
+            self._sum_up([*self._waiting, rows_NI])
             self._waiting = []
 
-    def _sum(self, batches: list[Tensor]) -> None:
+    def _sum_up(self, batches: list[Tensor]) -> Tensor:
+        """Add rows to the sum, which begins with the first."""
         if self._sum_II is None:
-            shape = self._inputs, self._inputs
-            self._sum_II = torch.zeros(shape, dtype=torch.float64, device=self._device)
+            columns, device = self._rows.columns, self._rows.device
+            self._sum_II = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         for rows_NI in batches:
-            for chunk_NI in rows_NI.split(CHUNK_ROWS):
-                self._sum_II += chunk_NI.T @ chunk_NI
+            for chunk_NI in self._rows.take(rows_NI):
+                self._sum_II.addmm_(chunk_NI.T, chunk_NI)
+        return self._sum_II
 
     def result(self) -> Moment:
-        """The mean over tokens; zero if there were none."""
-        self._sum(self._waiting)
-        self._waiting = []
-        assert self._sum_II is not None
-        return Moment("input", self._sum_II / max(self._tokens, 1), self._tokens)
+        """The mean over tokens, zero if there were none; nothing can be added afterwards."""
+        sum_II, self._waiting = self._sum_up(self._waiting), []
+        for chunk_NI in self._rows.rest():
+            sum_II.addmm_(chunk_NI.T, chunk_NI)
+            sum_II /= self._tokens
+        return Moment("input", sum_II, self._tokens)
 
 
 class ShiftMoment:
     """S = sum of o^T o over tokens, divided by their number, for the shifts o = x D^T.
 
-    Both products are float64: D may have low rank, and directions it does not touch must stay
-    below 1e-10 of the largest eigenvalue (methods.md 1.3).
+    Shifts are float32, their products and the sum float64. D may have low rank, and directions it
+    does not touch must stay below 1e-10 of the largest eigenvalue (methods.md 1.3): rounding of
+    the shifts has its square there, 1e-14; float32 products would leave 1e-8.
     """
 
     def __init__(self, update_OI: Tensor) -> None:
-        self._update_IO = update_OI.double().T
-        outputs = update_OI.shape[0]
+        outputs, inputs = update_OI.shape
+        self._update_IO = update_OI.float().T
+        self._rows = _Rows(inputs, torch.float32, update_OI.device)
         self._sum_OO = torch.zeros(outputs, outputs, dtype=torch.float64, device=update_OI.device)
         self._tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of one forward, shape (..., I), any float dtype."""
-        rows_NI = x.reshape(-1, x.shape[-1]).contiguous()
-        for chunk_NI in rows_NI.split(CHUNK_ROWS):
-            shift_NO = chunk_NI.double() @ self._update_IO
-            self._sum_OO += shift_NO.T @ shift_NO
-        self._tokens += rows_NI.shape[0]
+        rows_NI = x.reshape(-1, x.shape[-1])
+        self._tokens += len(rows_NI)
+        for chunk_NI in self._rows.take(rows_NI):
+            self._add(chunk_NI)
+
+    def _add(self, chunk_NI: Tensor) -> None:
+        shift_NO = (chunk_NI @ self._update_IO).double()
+        self._sum_OO.addmm_(shift_NO.T, shift_NO)
 
     def result(self) -> Moment:
-        """The mean over tokens; zero if there were none."""
-        return Moment("shift", self._sum_OO / max(self._tokens, 1), self._tokens)
+        """The mean over tokens, zero if there were none; nothing can be added afterwards."""
+        for chunk_NI in self._rows.rest():
+            self._add(chunk_NI)
+            self._sum_OO /= self._tokens
+        return Moment("shift", self._sum_OO, self._tokens)
+
+
+class _Rows:
+    """Rows in the order they come, given back in chunks of CHUNK_ROWS."""
+
+    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.columns, self.device, self._dtype = columns, device, dtype
+        self._buffer_NI: Tensor | None = None
+        self._filled = 0
+
+    def take(self, rows_NI: Tensor) -> Iterator[Tensor]:
+        """Keep rows; whole chunks, each valid until the next one is asked for."""
+        if self._buffer_NI is None:
+            shape = CHUNK_ROWS, self.columns
+            self._buffer_NI = torch.empty(shape, dtype=self._dtype, device=self.device)
+        while len(rows_NI):
+            room_NI = self._buffer_NI[self._filled :][: len(rows_NI)]
+            room_NI.copy_(rows_NI[: len(room_NI)])
+            rows_NI = rows_NI[len(room_NI) :]
+            self._filled += len(room_NI)
+            if self._filled == CHUNK_ROWS:
+                yield self._buffer_NI
+                self._filled = 0
+
+    def rest(self) -> Iterator[Tensor]:
+        """The last chunk, which may be shorter or empty, once if there were rows at all."""
+        if self._buffer_NI is not None:
+            yield self._buffer_NI[: self._filled]
+        self._buffer_NI = None

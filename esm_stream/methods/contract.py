@@ -228,12 +228,14 @@ class Merged:
 class FactorMethod(Protocol):
     """Merges one matrix at a time from thin factors of every expert's update.
 
+    `factors_by_svd`: `factor` holds the singular value decomposition of a whole update;
     `forms_stacks`: `combine` holds the bases of all experts and their singular vectors at once.
     """
 
     name: ClassVar[str]
     uses_moments: bool
     about: ClassVar[About]
+    factors_by_svd: bool
     forms_stacks: bool
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:

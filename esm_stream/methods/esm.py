@@ -25,7 +25,9 @@ from esm_stream.subspace.basis import coordinates, essential_basis, frobenius_no
 from esm_stream.subspace.polar import Polar, PolarRoot, polar
 from esm_stream.subspace.product import PolarProduct, Stack
 
-_FACTOR_OPTIONS = {"rank", "rank_factor", "rank_tolerance", "strict_official", "decomposition"}
+_FACTOR_OPTIONS = {
+    *("rank", "rank_factor", "rank_budget", "rank_tolerance", "strict_official", "decomposition")
+}
 
 
 class Esm:
@@ -52,15 +54,19 @@ class Esm:
         self.options = options
         self.profile = profile
         self.uses_moments = options.decomposition == "esd"
+        self.factors_by_svd = False
         self.forms_stacks = options.strict_official
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """K = max(1, floor(rank_factor * O / T)) or the rank asked for, at most min(O, I).
 
+        With `rank_budget = "min_side"`, min(O, I) stands for O.
+
         An update has no more than min(O, I) directions; `strict_official` goes up to O all the
         same, because the authors' mean of the weights counts those without energy.
         """
-        share = Fraction(str(self.options.rank_factor)) * shape[0] / num_experts
+        shared = shape[0] if self.options.rank_budget == "output" else min(shape)
+        share = Fraction(str(self.options.rank_factor)) * shared / num_experts
         limit = shape[0] if self.options.strict_official else min(shape)
         return min(self.options.rank or max(1, int(share)), limit)
 
@@ -73,6 +79,7 @@ class Esm:
         return {
             "levels": levels,
             "exponent": profile.exponent if levels else None,
+            "variant": profile.variant if levels else None,
             "task_norm": profile.task_norm if "task" in levels else None,
             "eigenvalue_exponent": profile.eigenvalue_exponent,
             "factor": profile.factor,
@@ -121,7 +128,7 @@ class Esm:
         stack = Stack([one.basis_OK for one in factors], weights)
         stacked_RI = stack_coordinates(factors, weights, self._task_factors(factors), shape[1])
         if "dimension" in self.profile.levels:
-            stacked_RI *= column_factors(stacked_RI, self.profile.exponent)
+            stacked_RI *= column_factors(stacked_RI, self.profile.exponent, self.profile.variant)
         dtype = factors[0].coordinates_KI.dtype
         if self.options.strict_official:
             return self._combine_completely(factors, stack, stacked_RI, dtype)
@@ -149,12 +156,13 @@ class Esm:
 
     def _task_factors(self, factors: Sequence[Factors]) -> list[float]:
         """Step 4, gamma of each expert; 1.0 for all where the task level is off."""
-        if "task" not in self.profile.levels:
+        profile = self.profile
+        if "task" not in profile.levels:
             return [1.0] * len(factors)
-        if self.profile.task_norm == "full":
-            return task_factors([one.norm for one in factors], self.profile.exponent)
-        truncated = [frobenius_norm(one.coordinates_KI) for one in factors]
-        return task_factors(truncated, self.profile.exponent)
+        norms = [one.norm for one in factors]
+        if profile.task_norm == "truncated":
+            norms = [frobenius_norm(one.coordinates_KI) for one in factors]
+        return task_factors(norms, profile.exponent, profile.variant)
 
 
 def kept_spectrum(one: Factors) -> Tensor:

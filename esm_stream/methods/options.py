@@ -19,8 +19,10 @@ from esm_stream.methods.profiles import (
     OtherMatrices,
     Profile,
     ProfileName,
+    RankBudget,
     TaskNorm,
 )
+from esm_stream.scaling import Variant
 
 _OVERRIDES = set(Profile.__dataclass_fields__)
 
@@ -61,6 +63,11 @@ class EsmOptions(MethodOptions):
     exponent: NonNegativeFloat | None = Field(
         None, description="Power q of every level of polarised scaling."
     )
+    variant: Variant | None = Field(
+        None,
+        description='Factors of the levels as they are ("both"), their inverses ("reverse"), those '
+        'below 1 ("noise") or those above 1 ("signal").',
+    )
     task_norm: TaskNorm | None = Field(
         None, description="Norm of the task level: of all coordinates, or of those kept."
     )
@@ -89,6 +96,10 @@ class EsmOptions(MethodOptions):
         None, description="Columns kept of each expert's basis, instead of O / T."
     )
     rank_factor: PositiveFloat = Field(1.0, description="Multiplies the rank O / T.")
+    rank_budget: RankBudget = Field(
+        "output",
+        description='Side that the experts share: O / T columns each ("output"), or min(O, I) / T.',
+    )
     rank_tolerance: NonNegativeFloat = Field(
         1e-10, lt=1, description="Eigenvalues up to this fraction of the largest count as zero."
     )

@@ -7,10 +7,13 @@ the rest. Options of the manifest override single fields (options.py).
 from dataclasses import dataclass
 from typing import Literal
 
+from esm_stream.scaling import Variant
+
 Modality = Literal["vision", "language"]
 ProfileName = Literal["journal", "cvpr-paper", "vit-official", "roberta-official"]
 Level = Literal["task", "dimension", "layer"]
 TaskNorm = Literal["full", "truncated"]
+RankBudget = Literal["output", "min_side"]
 MatrixKind = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"]
 Targets = tuple[MatrixKind, ...] | Literal["all"]
 OtherMatrices = Literal["average", "tsv"]
@@ -25,6 +28,7 @@ class Profile:
         eigenvalue_exponent: Power p of the eigenvalue weights; 0 switches them off.
         levels: Levels of polarised scaling that are on.
         exponent: Power q of every level.
+        variant: What the levels do with their factors (scaling/).
         task_norm: Norm behind the task level, of all coordinates or of the K kept.
         factor: Constant c in front of the merged update.
         targets: Kinds of matrices that ESM merges; "all" means every linear inside a block.
@@ -38,6 +42,7 @@ class Profile:
     eigenvalue_exponent: float = 0.15
     levels: tuple[Level, ...] = ("task", "dimension", "layer")
     exponent: float = 2.0
+    variant: Variant = "both"
     task_norm: TaskNorm = "full"
     factor: float = 1.0
     targets: Targets

@@ -35,6 +35,7 @@ class TsvM:
         memory="factors of one matrix",
         when="distinct experts without samples",
     )
+    factors_by_svd = True
     forms_stacks = False
 
     def __init__(self, options: TsvMOptions) -> None:

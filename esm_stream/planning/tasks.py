@@ -308,7 +308,9 @@ class TaskBuilder:
         largest = max((s.state_bytes for s in self._forward.steps), default=0)
         widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
         activations = self._micro_batch_tokens() * widest * budget.F32 * ACTIVATION_BUFFERS
-        factoring = max((budget.basis_bytes(m.outputs, m.inputs) for m in matrices), default=0)
+        factoring = max(
+            (budget.basis_bytes(m.outputs, m.inputs, m.rank) for m in matrices), default=0
+        )
         return (
             budget.TASK_OVERHEAD
             + max(casts, default=0)
@@ -335,7 +337,7 @@ class TaskBuilder:
             elif kind == "input":
                 sizes[leader] = size
             else:
-                sizes[f"{m.name} shift"] = size + m.outputs * m.inputs * budget.F64
+                sizes[f"{m.name} shift"] = size
         total = sum(sizes.values())
         for (_, inputs), (leaders, routed) in stacks.items():
             moment = budget.moment_bytes("input", inputs, inputs)
@@ -443,7 +445,9 @@ class TaskBuilder:
             everyone = [self._opened.base, *self._opened.experts.values()]
             read = sum(_part_bytes(c, m) for c in everyone)
             factors = columns * (m.outputs + m.inputs) * budget.F32
-            peak = max(combine, budget.basis_bytes(m.outputs, m.inputs)) + factors
+            by_svd = is_factor_method(method) and method.factors_by_svd
+            basis = budget.basis_bytes(m.outputs, m.inputs, m.rank, by_svd=by_svd)
+            peak = max(combine, basis) + factors
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
             if isinstance(method, SpectralMethod):
                 shape = (m.outputs, m.inputs)
@@ -482,13 +486,14 @@ class TaskBuilder:
         for matrix in self._treatments.matrices.values():
             if matrix.scaled:
                 groups.setdefault(matrix.group, []).append(matrix)
-        exponent = self._treatments.profile.exponent if self._treatments.profile else 0.0
+        profile = self._treatments.profile
+        options = [profile.exponent, profile.variant] if profile else []
         return [
             self._task(
                 f"scale/{group}",
                 "scale",
                 after=tuple(self._update_keys[m.name] for m in matrices),
-                identity=[exponent, [m.name for m in matrices]],
+                identity=[options, [m.name for m in matrices]],
                 peak_bytes=budget.TASK_OVERHEAD,
                 subject=group,
                 tensors=tuple(m.name for m in matrices),
@@ -655,7 +660,8 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
     if largest.peak_bytes > memory:
         over = sum(task.peak_bytes > memory for task in tasks.values())
         smaller = (
-            ", or make the factors smaller: [merge.options] rank or rank_factor, or a rule with "
+            ', or make the factors smaller: [merge.options] rank_budget = "min_side" (for matrices '
+            "with more outputs than inputs), rank_factor or rank; or a rule with "
             'method = "average" for the largest matrices'
         )
         raise BudgetError(

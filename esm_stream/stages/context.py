@@ -17,6 +17,7 @@ from esm_stream.planning.plan import Matrix, Part, Plan, Task
 from esm_stream.store.factors import FactorStore
 from esm_stream.store.work import Output, WorkDirectory
 from esm_stream.subspace.basis import frobenius_norm
+from esm_stream.subspace.sizes import PANEL_ROWS
 
 BASE = ""
 
@@ -75,13 +76,21 @@ class Context:
         Raises:
             DataError: Base or expert hold NaN or Inf there.
         """
-        parts = []
+        shape = matrix.outputs, matrix.inputs
+        update_OI = torch.empty(shape, dtype=torch.float32, device=self.device)
+        start = 0
         for part in matrix.parts:
-            base = self.part(BASE, matrix, part).to(self.device, torch.float32)
-            difference = self.part(expert, matrix, part).to(self.device, torch.float32) - base
-            require_finite(difference, part.tensor, expert, base)
-            parts.append(difference)
-        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+            place_OI = update_OI[start : start + part.outputs]
+            start += part.outputs
+            base_OI, tuned_OI = self.part(BASE, matrix, part), self.part(expert, matrix, part)
+            # By panels, so that converted copies of whole tensors are never held.
+            for rows in range(0, part.outputs, PANEL_ROWS):
+                panel = slice(rows, rows + PANEL_ROWS)
+                before = base_OI[panel].to(self.device, torch.float32)
+                difference = tuned_OI[panel].to(self.device, torch.float32) - before
+                require_finite(difference, part.tensor, expert, before)
+                place_OI[panel] = difference
+        return update_OI
 
     def part(self, model: str, matrix: Matrix, part: Part) -> Tensor:
         """A part of a matrix in place, (O, I); asked for twice, it is read once."""

@@ -2,6 +2,7 @@
 
 from esm_stream.methods import create
 from esm_stream.methods.esm import Esm
+from esm_stream.methods.profiles import Profile
 from esm_stream.planning.plan import Matrix, Plan
 from esm_stream.scaling.layer import layer_scales
 from esm_stream.stages.context import Context, TaskResult
@@ -11,15 +12,16 @@ def run(context: Context) -> TaskResult:
     """Scales of all matrices of one group, from the norms of pass 1."""
     names = context.task.tensors
     norms = {name: context.directory.results(f"merge/{name}")["norm"] for name in names}
-    exponent = _exponent(context.plan)
-    return TaskResult(values={"scales": layer_scales(norms, exponent)})
+    profile = _profile(context.plan)
+    scales = layer_scales(norms, profile.exponent, profile.variant)
+    return TaskResult(values={"scales": scales})
 
 
-def _exponent(plan: Plan) -> float:
-    """Power of the layer level, of the merge's main method."""
+def _profile(plan: Plan) -> Profile:
+    """Profile of the merge's main method, which has the layer level."""
     method = create(plan.method.name, plan.method.options, plan.method.modality)
     assert isinstance(method, Esm)
-    return method.profile.exponent
+    return method.profile
 
 
 def scale_of(context: Context, matrix: Matrix) -> float:

@@ -14,7 +14,7 @@ Letters: N side of K, P side of a block, B number of blocks, S shifts, Q columns
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,12 +31,6 @@ _LANCZOS_STEPS = 40
 _MARGIN = 1.05
 # Relative width of the step between eigenvalues that `Band.above` keeps and those it does not.
 _STEP = 1e-6
-
-
-def lower_tiles(side: int) -> Iterator[tuple[int, int]]:
-    """Columns start..stop whose rows start.. make up the lower triangle, whole on its diagonal."""
-    for start in range(0, side, TILE):
-        yield start, min(start + TILE, side)
 
 
 class Band:

@@ -2,23 +2,24 @@
 
 From:  an update D (base subtracted from expert) and a second moment of its layer.
 To:    methods/esm.py, which weights and stacks the bases of all experts.
-Peak:  float64 numbers, the caller's update and moment not counted. Wide D (O <= I): the larger
-       of O*I + O*O (products) and 5*O*O (eigenproblem with its workspace). Tall D (O > I):
-       O*(I + 3*K) + 5*I*I, with P = D L of shape (O, I).
+Peak:  float64 numbers, the caller's update and moment not counted. Wide D (O <= I): 6*O*O
+       (eigenproblem with its workspace). Tall D (O > I): 8*I*I. Either way the result, K*(O + I),
+       and two panels of 1024 rows.
 
 Letters: O output features, I input features, K rank kept, N = min(O, I), T tokens.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from esm_stream.subspace.gram import fill_upper, gram, row_panels
+from esm_stream.subspace.sizes import PANEL_ROWS
+
 _EPSILON = torch.finfo(torch.float64).eps
-_PANEL_ROWS = 1024
 _PANEL_NUMBERS = 1 << 20
 
 
@@ -87,8 +88,8 @@ def essential_basis(
 def coordinates(basis_OK: Tensor, update_OI: Tensor) -> Tensor:
     """Coordinates C = E^T D of an update (methods.md 1.1, step 2), float64, shape (K, I)."""
     result_KI = basis_OK.new_zeros(basis_OK.shape[1], update_OI.shape[1])
-    for rows in _row_panels(update_OI):
-        result_KI.addmm_(basis_OK[rows].T, update_OI[rows].double())
+    for basis_MK, update_MI in zip(row_panels(basis_OK), row_panels(update_OI), strict=True):
+        result_KI.addmm_(basis_MK.T, update_MI)
     return result_KI
 
 
@@ -103,13 +104,21 @@ def frobenius_norm(update_OI: Tensor) -> float:
 
 
 def shift_moment(update_OI: Tensor, moment_II: Tensor | None) -> Tensor:
-    """Second moment of the shifts, S = D G D^T (G = I where None), float64, shape (O, O)."""
-    wide_OI = update_OI.double()
-    if moment_II is None:
-        return wide_OI @ wide_OI.T
-    result_OO = wide_OI.new_empty(wide_OI.shape[0], wide_OI.shape[0])
-    for rows in _row_panels(wide_OI):
-        torch.matmul(wide_OI[rows] @ moment_II, wide_OI.T, out=result_OO[rows])
+    """Second moment of the shifts, S = D G D^T (G = I where None), float64, shape (O, O).
+
+    Its lower half by panels, which is all that an eigendecomposition looks at.
+    """
+    num_outputs = update_OI.shape[0]
+    result_OO = update_OI.new_zeros(num_outputs, num_outputs, dtype=torch.float64)
+    for start, panel_MI in zip(
+        range(0, num_outputs, PANEL_ROWS), row_panels(update_OI), strict=True
+    ):
+        columns = slice(start, start + PANEL_ROWS)
+        product_MI = panel_MI if moment_II is None else panel_MI @ moment_II
+        for first, below_MI in zip(
+            range(start, num_outputs, PANEL_ROWS), row_panels(update_OI[start:]), strict=True
+        ):
+            torch.mm(below_MI, product_MI.T, out=result_OO[first : first + PANEL_ROWS, columns])
     return result_OO
 
 
@@ -127,29 +136,42 @@ def _from_outputs(
 def _from_inputs(
     update_OI: Tensor, moment_II: Tensor | None, rank: int, tolerance: float, floor: float
 ) -> EssentialBasis:
-    """Same eigenvectors from the input side: P = D L with G = L L^T, then P^T P (methods.md 1.5).
+    """Same eigenvectors from the input side: those of L^T (D^T D) L, G = L L^T (methods.md 1.5).
 
-    An eigenvector v of P^T P gives the column P v. Householder QR makes the columns orthonormal
-    to rounding however small their eigenvalues are, and keeps their order.
+    An eigenvector v of eigenvalue w gives the column D L v / sqrt(w). Rounding leaves the columns
+    of the smallest eigenvalues a little short of orthonormal; the Cholesky factor of their Gram
+    matrix makes them so, and keeps their order.
     """
-    product_OI = _times_root(update_OI, moment_II)
-    values, vectors_II = torch.linalg.eigh(product_OI.T @ product_OI)
+    inner_II = gram(row_panels(update_OI), update_OI.shape[1])
+    assert inner_II is not None
+    root_II = None if moment_II is None else _root(moment_II)
+    if root_II is not None:
+        inner_II = root_II.T @ (fill_upper(inner_II) @ root_II)
+    values, vectors_II = torch.linalg.eigh(inner_II)
+    del inner_II
     spectrum = _descending(values, update_OI.shape[1])
     numeric = _numeric_rank(spectrum, len(values), tolerance, floor)
-    columns_OK = product_OI @ _last_columns(vectors_II, min(rank, numeric))
-    del product_OI, vectors_II
-    return EssentialBasis(_signed(torch.linalg.qr(columns_OK)[0]), spectrum, numeric)
+    kept = min(rank, numeric)
+    columns_IK = _last_columns(vectors_II, kept) / spectrum[:kept].sqrt()
+    del vectors_II
+    if root_II is not None:
+        columns_IK = root_II @ columns_IK
+    del root_II
+    basis_OK = columns_IK.new_empty(update_OI.shape[0], kept)
+    for basis_MK, update_MI in zip(basis_OK.split(PANEL_ROWS), row_panels(update_OI), strict=True):
+        torch.mm(update_MI, columns_IK, out=basis_MK)
+    return EssentialBasis(_signed(_orthonormal(basis_OK)), spectrum, numeric)
 
 
-def _times_root(update_OI: Tensor, moment_II: Tensor | None) -> Tensor:
-    """Product D L in float64, by row panels; D itself where the moment is the identity."""
-    if moment_II is None:
-        return update_OI.double()
-    root_II = _root(moment_II)
-    product_OI = root_II.new_empty(update_OI.shape)
-    for rows in _row_panels(update_OI):
-        torch.matmul(update_OI[rows].double(), root_II, out=product_OI[rows])
-    return product_OI
+def _orthonormal(basis_OK: Tensor) -> Tensor:
+    """Nearly orthonormal columns made orthonormal, in order and in place."""
+    gram_KK = gram(row_panels(basis_OK), basis_OK.shape[1])
+    if gram_KK is None:
+        return basis_OK
+    root_KK = torch.linalg.cholesky(gram_KK.tril_())
+    for basis_MK in basis_OK.split(PANEL_ROWS):
+        basis_MK.copy_(torch.linalg.solve_triangular(root_KK.T, basis_MK, upper=True, left=False))
+    return basis_OK
 
 
 def _root(moment_II: Tensor) -> Tensor:
@@ -207,9 +229,3 @@ def _finite_norm(matrix: Tensor, what: str) -> float:
     if not math.isfinite(norm):
         raise ValueError(f"{what} holds NaN or Inf")
     return norm
-
-
-def _row_panels(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows small enough that float64 copies of one do not count."""
-    for start in range(0, matrix.shape[0], _PANEL_ROWS):
-        yield slice(start, start + _PANEL_ROWS)

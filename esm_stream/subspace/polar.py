@@ -9,15 +9,16 @@ Letters: M rows, N columns, M >= N for a tall matrix, S = min(M, N), Q columns o
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from esm_stream.subspace.band import Band, lower_tiles
-from esm_stream.subspace.sizes import PANEL_ROWS, is_banded
+from esm_stream.subspace.band import Band
+from esm_stream.subspace.gram import gram, row_panels
+from esm_stream.subspace.sizes import is_banded
 
 # Eigenvalues of a Gram matrix carry errors of eps * s_max^2: below this ratio the square root of
 # the smallest is worth less than four digits.
@@ -105,22 +106,6 @@ def polar_root(panels: Panels, side: int, columns: int, tolerance: float = 1e-7)
     if is_banded(side, columns):
         return banded_root(gram_NN, panels, tolerance)
     return _dense_root(gram_NN, panels, tolerance)
-
-
-def row_panels(matrix_MN: Tensor) -> Iterator[Tensor]:
-    """Panels of a matrix at hand."""
-    return iter(matrix_MN.split(PANEL_ROWS))
-
-
-def gram(panels: Iterable[Tensor], side: int) -> Tensor | None:
-    """K = A^T A, float64, its lower tiles alone (band.py); None where A is empty."""
-    gram_NN = None
-    for panel_MN in panels:
-        if gram_NN is None:
-            gram_NN = panel_MN.new_zeros(side, side)
-        for start, stop in lower_tiles(side):
-            gram_NN[start:, start:stop].addmm_(panel_MN[:, start:].T, panel_MN[:, start:stop])
-    return gram_NN if side else None
 
 
 def _dense_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from esm_stream.subspace.polar import polar_root, row_panels
+from esm_stream.subspace.gram import row_panels
+from esm_stream.subspace.polar import polar_root
 from esm_stream.subspace.sizes import PANEL_ROWS
 
 

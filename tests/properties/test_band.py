@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esm_stream.subspace.band import Band
-from esm_stream.subspace.polar import banded_root, gram, polar, row_panels
+from esm_stream.subspace.gram import gram, row_panels
+from esm_stream.subspace.polar import banded_root, polar
 from esm_stream.subspace.product import PolarProduct, Stack
 from esm_stream.subspace.rational import inverse_root_poles
 

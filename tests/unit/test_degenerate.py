@@ -262,6 +262,8 @@ def test_rank_options() -> None:
     assert create("esm", {"rank_factor": 0.7}, "language").rank((10, 99), 7) == 1
     assert create("esm", {"rank_factor": 0.1}, "language").rank((30, 99), 1) == 3
     assert create("esm", {"strict_official": True}, "language").rank((99, 10), 2) == 49
+    smaller = create("esm", {"rank_budget": "min_side"}, "language")
+    assert (smaller.rank((96, 24), 8), smaller.rank((24, 96), 8)) == (3, 3)
     assert create("tsv_m", {}, "language").rank((99, 10), 2) == 5
     assert create("tsv_m", {}, "language").rank((3, 10), 8) == 1
 

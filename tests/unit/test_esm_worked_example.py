@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from esm_stream.methods import create
+from esm_stream.methods import create, is_factor_method
 from esm_stream.methods.contract import Merged, Moment
 from esm_stream.methods.esm import eigenvalue_weights
+from esm_stream.scaling import Variant, relative_powers
 from esm_stream.scaling.dimension import column_factors
 from esm_stream.scaling.layer import layer_scales
 from esm_stream.scaling.task import task_factors
@@ -104,6 +105,38 @@ def test_task_factors() -> None:
     assert task_factors([1.0, 3.0], 2.0) == [0.25, 2.25]
     assert task_factors([0.0, 3.0], 2.0) == [0.0, 4.0]
     assert task_factors([0.0, 0.0], 2.0) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        ("both", [0.0, 0.25, 1.0, 2.25]),
+        ("reverse", [0.0, 4.0, 1.0, 1 / 2.25]),
+        ("noise", [0.0, 0.25, 1.0, 1.0]),
+        ("signal", [1.0, 1.0, 1.0, 2.25]),
+    ],
+)
+def test_variants_of_polarised_scaling(variant: Variant, wanted: list[float]) -> None:
+    # The mean of 0, 1, 2, 3 and 4 is 2.
+    norms = [0.0, 1.0, 2.0, 3.0]
+    found = relative_powers([*norms, 4.0], 2.0, variant)[:4]
+    assert found == pytest.approx(wanted)
+    columns = column_factors(torch.tensor([[*norms, 4.0]]), 2.0, variant)[:4]
+    assert columns.tolist() == pytest.approx(wanted)
+
+
+def test_variants_change_the_merge_and_only_where_a_level_is_on() -> None:
+    options = {"profile": "vit-official", "levels": ["task"]}
+    first, second = (torch.randn(6, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+
+    def merged(**more: object) -> torch.Tensor:
+        method = create("esm", {**options, **more}, "vision")
+        assert is_factor_method(method)
+        factors = [method.factor(update, None, 2) for update in (first, 3 * second)]
+        return method.combine(factors, (6, 8)).update_OI
+
+    assert not torch.allclose(merged(variant="reverse"), merged())
+    assert torch.equal(merged(variant="reverse", levels=[]), merged(levels=[]))
 
 
 def test_column_factors() -> None:
