@@ -7,12 +7,15 @@ Cost:  every line of a .jsonl is checked once, so that a mistake is found before
 """
 
 import json
+import math
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -152,31 +155,55 @@ def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def _arrays(path: Path, settings: "Calibration") -> Source:
+    """Images of an array of an .npz, read one by one where the file allows it."""
     try:
         with np.load(path, allow_pickle=False) as data:
             names = list(data)
-            key = names[0] if len(names) == 1 else settings.image_key
-            if key not in names:
-                raise InputError(
-                    [
-                        f"{path}: no array '{key}' (found: {', '.join(names)}); set "
-                        "[calibration] image_key"
-                    ]
-                )
-            images = data[key]
-    except (OSError, ValueError) as error:
+        key = names[0] if len(names) == 1 else settings.image_key
+        if key not in names:
+            raise InputError(
+                [
+                    f"{path}: no array '{key}' (found: {', '.join(names)}); set "
+                    "[calibration] image_key"
+                ]
+            )
+        shape, row_major, dtype, start = _array_header(path, key)
+    except (OSError, ValueError, BadZipFile) as error:
         raise InputError([f"{path}: not a readable .npz file: {error}"]) from error
-    colours = images.shape[3] if images.ndim == 4 else 1
-    if images.ndim not in (3, 4) or images.dtype != np.uint8 or colours not in (1, 3, 4):
+    colours = shape[3] if len(shape) == 4 else 1
+    if len(shape) not in (3, 4) or dtype != np.uint8 or colours not in (1, 3, 4):
         raise InputError(
             [
-                f"{path}: array '{key}' has shape {images.shape} and dtype {images.dtype}; "
-                "expected uint8 of shape (n, h, w) or (n, h, w, c) with 1, 3 or 4 channels"
+                f"{path}: array '{key}' has shape {shape} and dtype {dtype}; expected uint8 of "
+                "shape (n, h, w) or (n, h, w, c) with 1, 3 or 4 channels"
             ]
         )
-    if colours == 1:
-        images = images.reshape(images.shape[:3])
-    return Source(len(images), lambda i: Record(f"{path}, image {i}", images=(images[i],)))
+    one = shape[1:3] if colours == 1 else shape[1:]
+
+    def read(i: int) -> Record:
+        size = math.prod(one)
+        try:
+            if not row_major:
+                image = np.load(path)[key][i].reshape(one)
+            else:
+                with ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+                    file.seek(start + i * size)
+                    image = np.frombuffer(file.read(size), np.uint8).reshape(one)
+        except (OSError, ValueError, BadZipFile, zlib.error) as error:
+            raise InputError([f"{path}, image {i}: cannot be read: {error}"]) from error
+        return Record(f"{path}, image {i}", images=(image,))
+
+    return Source(shape[0] if shape else 0, read)
+
+
+def _array_header(path: Path, key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether rows are stored one after the other, dtype, and where the first begins."""
+    with ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        old = version == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = header(file)
+        return shape, not columns_first, dtype, file.tell()
 
 
 # Lines -----------------------------------------------------------------------------------------

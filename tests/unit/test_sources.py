@@ -297,6 +297,26 @@ def test_arrays_of_images(channels: tuple[int, ...], vit: Path, tmp_path: Path) 
     assert [tuple(b["pixel_values"].shape) for b in found.batches] == [(4, 3, 16, 16)]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_are_read_image_by_image(save: Any, order: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    images = np.random.RandomState(0).randint(0, 256, (5, 7, 6, 3)).astype(np.uint8)
+    save(tmp_path / "a.npz", other=np.zeros(3), images=np.asarray(images, order=order))
+    source = open_source(tmp_path / "a.npz", Calibration())
+    assert source.count == 5
+    for i in (4, 0, 2):
+        assert np.array_equal(source.read(i).images[0], images[i])
+
+
+def test_an_array_that_is_damaged_is_named(vit: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((5, 20, 20, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 0xFF
+    path.write_bytes(content)
+    assert "cannot be read: Bad CRC-32" in refused(path, vit)
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 8), np.uint8)]
 )
