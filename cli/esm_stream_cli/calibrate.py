@@ -6,6 +6,7 @@ from esm_stream_cli.failing import clear_errors
 from esm_stream_cli.merge import run
 from esm_stream_cli.overrides import (
     Device,
+    Forward,
     JsonEvents,
     ManifestPath,
     Memory,
@@ -25,6 +26,7 @@ def calibrate(
     device: Device = None,
     work: Work = None,
     parallel: Parallel = None,
+    forward: Forward = None,
     scheduler: Scheduler = "local",
     restart: Restart = False,
     quiet: Quiet = False,
@@ -36,7 +38,7 @@ def calibrate(
     scaling levels or another output then start from there; so does merge of the same manifest.
     """
     with clear_errors():
-        loaded = read_manifest(manifest, memory, device, work, parallel)
+        loaded = read_manifest(manifest, memory, device, work, parallel, forward)
         require_device(loaded.run.device)
         outcome = run(
             loaded,

@@ -46,6 +46,11 @@ class Sample:
         names = ("input_ids", "decoder_input_ids")
         return sum(self.tensors[name].numel() for name in names if name in self.tensors)
 
+    @property
+    def media(self) -> frozenset[str]:
+        """Arguments that are no ids and masks: images and sounds."""
+        return frozenset(name for name, v in self.tensors.items() if v.is_floating_point())
+
 
 class Encoder:
     """Encodes records for one model; loads tokenizer and processors when they are needed."""

@@ -22,7 +22,7 @@ from esm_stream.calibration.ready import open_ready
 from esm_stream.calibration.sources import (
     MOST_PROBLEMS,
     draw,
-    first_record,
+    first_records,
     kind_of_source,
     open_source,
 )
@@ -30,6 +30,14 @@ from esm_stream.errors import InputError
 from esm_stream.manifest import Calibration
 
 MICRO_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Arguments for images and sounds that a plan was made with; whether samples may differ."""
+
+    media: frozenset[str]
+    may_differ: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,7 @@ def read_proxies(
     model: Path,
     tokens_per_sample: int,
     micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    planned: Planned | None = None,
 ) -> Proxies:
     """Draw samples and turn them into model inputs.
 
@@ -63,6 +72,7 @@ def read_proxies(
         model: Directory whose tokenizer and processors are used.
         tokens_per_sample: Tokens that the model makes of a sample that is not token ids.
         micro_batch_tokens: Most tokens of a micro-batch of several samples.
+        planned: What the samples have to give, if the plan depends on it.
 
     Raises:
         InputError: The data are missing, too few, empty or damaged, or a processor cannot be
@@ -87,6 +97,8 @@ def read_proxies(
             problems += [p for p in error.problems if p not in problems]
             if len(problems) >= MOST_PROBLEMS:
                 break
+    if planned is not None and not problems:
+        problems = _unplanned(path, drawn, samples, planned)
     if problems:
         raise InputError(problems)
     return Proxies(
@@ -99,30 +111,67 @@ def read_proxies(
     )
 
 
+def _unplanned(
+    path: Path, drawn: Sequence[int], samples: Sequence[Sample], planned: Planned
+) -> list[str]:
+    """Samples that take another way through the model than the plan knows."""
+    if planned.may_differ:
+        missing = sorted(planned.media - {name for sample in samples for name in sample.media})
+        if not missing:
+            return []
+        return [
+            f"{path}: none of the samples drawn gives {', '.join(missing)}, which samples of other "
+            "experts do; matrices are merged from the inputs that all experts see: give every "
+            "expert samples of each kind"
+        ]
+    wanted = ", ".join(sorted(planned.media)) or "texts alone"
+    return [
+        f"{path}, sample {number}: gives {', '.join(sorted(sample.media)) or 'a text alone'}; the "
+        f"forward is planned for {wanted}. Give samples of one kind, or use --forward resident"
+        for number, sample in zip(drawn, samples, strict=True)
+        if sample.media != planned.media
+    ][:MOST_PROBLEMS]
+
+
 def example_inputs(
     path: Path, settings: Calibration, model: Path, few_tokens: int | None
 ) -> dict[str, Tensor] | None:
-    """Model inputs to find out with how a forward runs: those of the first sample of a path.
+    """Model inputs to find out with how a forward runs: those of one of the first samples.
 
-    Few tokens show the same structure as many: plain texts need no tokenizer for that (None), and
-    ready-made token ids are cut to `few_tokens`. What goes with images or sounds stays whole.
+    It is the first that has images or sounds, if any has. Few tokens show the same structure as
+    many: plain texts need no tokenizer for that (None), and ready-made token ids are cut to
+    `few_tokens`. What goes with images or sounds stays whole.
 
     Raises:
         InputError: See `read_proxies`.
     """
     kind = kind_of_source(path)
     if kind == "text":
-        first = first_record(path, settings)
-        if first is None or not (first.images or first.audio):
-            return None
+        telling = (record for record in first_records(path, settings) if record.route != "text")
+        record = next(telling, None)
+        return None if record is None else Encoder(model, settings).encode(record).tensors
     count, read = _samples_of(path, settings, model)
     if not count:
         raise InputError([f"{path}: holds no samples"])
-    tensors = read(0).tensors
+    if kind != "inputs":
+        return read(0).tensors
+    tensors = read(open_ready(path).fullest).tensors
     ids = tensors.get("input_ids")
-    if kind != "inputs" or ids is None or any(v.shape[:2] != ids.shape for v in tensors.values()):
+    if ids is None or any(v.shape[:2] != ids.shape for v in tensors.values()):
         return tensors
     return {name: value[:, :few_tokens] for name, value in tensors.items()}
+
+
+def routes_of(path: Path, settings: Calibration) -> set[str]:
+    """Ways that the first samples of a path take through a model, as far as they can be told."""
+    kind = kind_of_source(path)
+    if kind == "text":
+        return {record.route for record in first_records(path, settings)}
+    if kind == "inputs":
+        known = {"": "text", "pixel_values": "image"}
+        found = {", ".join(sorted(names)) for names in open_ready(path).media}
+        return {known.get(names, names) for names in found}
+    return {"audio" if kind == "audio" else "image"}
 
 
 def no_generic_texts(model: Path) -> str | None:

@@ -18,10 +18,16 @@ from esm_stream.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Samples of one file by number; `longest` is the most token ids that one of them has."""
+    """Samples of one file by number.
+
+    `longest` is the most token ids that one of them has, `fullest` one with the most arguments;
+    `media` has the arguments that are no ids and masks, once for all samples alike.
+    """
 
     count: int
     longest: int
+    fullest: int
+    media: frozenset[frozenset[str]]
     read: Callable[[int], Sample]
 
 
@@ -33,7 +39,9 @@ def open_ready(path: Path) -> Ready:
     """
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            floats = {name for name, one in slices.items() if "F" in one.get_dtype()}
     except (OSError, SafetensorError) as error:
         raise InputError([f"{path}: not a readable safetensors file: {error}"]) from error
     numbered = {name: name.partition("/") for name in shapes if name.partition("/")[0].isdigit()}
@@ -45,10 +53,10 @@ def open_ready(path: Path) -> Ready:
                 "tensors NUMBER/ARGUMENT, or none"
             ]
         )
-    return _one_by_one(path, shapes) if numbered else _stacked(path, shapes)
+    return _one_by_one(path, shapes, floats) if numbered else _stacked(path, shapes, floats)
 
 
-def _stacked(path: Path, shapes: dict[str, tuple[int, ...]]) -> Ready:
+def _stacked(path: Path, shapes: dict[str, tuple[int, ...]], floats: set[str]) -> Ready:
     counts = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
     if not counts or len(set(counts.values())) > 1:
         raise InputError(
@@ -64,10 +72,11 @@ def _stacked(path: Path, shapes: dict[str, tuple[int, ...]]) -> Ready:
             tensors: dict[str, Tensor] = {n: file.get_slice(n)[i : i + 1] for n in shapes}
         return Sample(without_padding(tensors, f"{path}, sample {i}"))
 
-    return Ready(next(iter(counts.values())), ids[1] if len(ids) > 1 else 0, read)
+    longest = ids[1] if len(ids) > 1 else 0
+    return Ready(next(iter(counts.values())), longest, 0, frozenset({frozenset(floats)}), read)
 
 
-def _one_by_one(path: Path, shapes: dict[str, tuple[int, ...]]) -> Ready:
+def _one_by_one(path: Path, shapes: dict[str, tuple[int, ...]], floats: set[str]) -> Ready:
     samples: dict[int, dict[str, str]] = {}
     longest = 0
     for name, shape in shapes.items():
@@ -87,4 +96,6 @@ def _one_by_one(path: Path, shapes: dict[str, tuple[int, ...]]) -> Ready:
             tensors: dict[str, Tensor] = {a: file.get_tensor(n) for a, n in names.items()}
         return Sample(without_padding(tensors, f"{path}, sample {order[i]}"))
 
-    return Ready(len(order), longest, read)
+    fullest = max(range(len(order)), key=lambda i: len(samples[order[i]]))
+    media = {frozenset(a for a, n in names.items() if n in floats) for names in samples.values()}
+    return Ready(len(order), longest, fullest, frozenset(media), read)

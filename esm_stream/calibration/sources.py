@@ -11,8 +11,10 @@ import math
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from zipfile import BadZipFile, ZipFile
@@ -31,6 +33,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".web
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 TEXT_ENDINGS = (".jsonl", ".txt")
 MOST_PROBLEMS = 20
+FIRST_LINES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,11 @@ class Record:
     messages: tuple[dict[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
     audio: Path | None = None
+
+    @property
+    def route(self) -> str:
+        """What it runs through a model, as far as that can be told: "text", "image" or "audio"."""
+        return "image" if self.images else "audio" if self.audio else "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +105,17 @@ def open_source(path: Path, settings: "Calibration") -> Source:
     return Source(len(files), lambda i: Record(str(files[i]), audio=files[i]))
 
 
-def first_record(path: Path, settings: "Calibration") -> Record | None:
-    """The first sample of a file of lines, without a look at the others; None if it has none.
+def first_records(path: Path, settings: "Calibration") -> Iterator[Record]:
+    """The first samples of a file of lines, without a look at the others.
 
-    A line that cannot be used counts as none: `open_source` tells it with all others.
+    Lines that cannot be used are left out: `open_source` tells them with all others.
     """
+    parse = _parser(path, settings)
     with path.open("rb") as file:
-        line = next(filter(bytes.strip, file), b"")
-    try:
-        return _parser(path, settings)(line, str(path)) if line else None
-    except InputError:
-        return None
+        for number, line in enumerate(islice(file, FIRST_LINES), 1):
+            if line.strip():
+                with suppress(InputError):
+                    yield parse(line, f"{path}:{number}")
 
 
 def draw(available: int, wanted: int, seed: int) -> list[int]:

@@ -65,6 +65,7 @@ def _forward_plan(opened: Opened) -> ForwardPlan:
         dtype=opened.dtype,
         stem=trace.stem,
         outside=trace.outside,
+        media=tuple(sorted(k for k, v in opened.sample.items() if v.is_floating_point())),
     )
 
 

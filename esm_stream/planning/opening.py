@@ -6,7 +6,7 @@ Cost:  headers, config files and the model on the meta device; no tensor is read
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,7 @@ class Opened:
     trace: "Trace | None"
     dtype: str
     notes: tuple[str, ...]
+    sample: "Mapping[str, torch.Tensor]"
 
 
 def open_inputs(manifest: Manifest) -> Opened:
@@ -60,21 +61,22 @@ def open_inputs(manifest: Manifest) -> Opened:
     if problems:
         raise InputError(problems)
     if not needs_data:
-        return Opened(manifest, base, experts, _modality_of(base), None, None, dtype, tuple(notes))
+        modality = _modality_of(base)
+        return Opened(manifest, base, experts, modality, None, None, dtype, tuple(notes), {})
 
     from esm_stream.calibration.skeleton import build_skeleton
 
     shapes = {name: info.shape for name, info in base.tensors.items()}
     try:
         skeleton = build_skeleton(base.root, shapes, torch_dtype(dtype))
-        trace = _trace(manifest, skeleton, dtype)
+        trace, sample = _trace(manifest, skeleton, dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{base.root}: {error}. Methods that need no activations still work: "
             'method = "tsv_m" or "average", or for esm the option decomposition = "svd".'
         ) from error
-    modality: Modality = "vision" if skeleton.modality() == "vision" else "language"
-    return Opened(manifest, base, experts, modality, skeleton, trace, dtype, tuple(notes))
+    modality = "vision" if skeleton.modality() == "vision" else "language"
+    return Opened(manifest, base, experts, modality, skeleton, trace, dtype, tuple(notes), sample)
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -240,24 +242,44 @@ def _modality_of(base: Checkpoint) -> Modality:
     return "vision" if {"image_size", "patch_size"} & set(base.config) else "language"
 
 
-def _trace(manifest: Manifest, skeleton: "Skeleton", dtype: str) -> "Trace":
+def _trace(
+    manifest: Manifest, skeleton: "Skeleton", dtype: str
+) -> "tuple[Trace, dict[str, torch.Tensor]]":
     """How the forward can be streamed, tried with a few tokens of a sample, then with all of it.
+
+    Returns:
+        trace: In the mode that fits, or that the manifest asks for.
+        sample: The sample.
 
     Raises:
         UnsupportedModelError: It fails on both, or the manifest asks for another mode.
     """
-    from esm_stream.calibration.trace import DUMMY_TOKENS, force_mode, trace_model
+    from esm_stream.calibration.trace import DUMMY_TOKENS, dummy_inputs, force_mode, trace_model
 
-    few = _dummy_sample(manifest, dtype, DUMMY_TOKENS)
+    found = _dummy_sample(manifest, dtype, DUMMY_TOKENS)
+    few = dummy_inputs(skeleton.model) if found is None else found
     try:
         trace = trace_model(skeleton, few)
     except UnsupportedModelError:
-        whole = _dummy_sample(manifest, dtype, None)
-        if few is None or whole is None or _shapes(whole) == _shapes(few):
+        whole = None if found is None else _dummy_sample(manifest, dtype, None)
+        if whole is None or _shapes(whole) == _shapes(few):
             raise
         trace = trace_model(skeleton, whole)
-    mode = manifest.run.forward
-    return trace if mode == "auto" else force_mode(trace, mode)
+    mode, routes = manifest.run.forward, _routes(manifest)
+    if mode != "auto":
+        return force_mode(trace, mode), few
+    if len(routes) > 1 and trace.mode != "resident":
+        why = f"samples of several kinds ({', '.join(sorted(routes))}) take different ways"
+        return replace(trace, mode="resident", why=why), few
+    return trace, few
+
+
+def _routes(manifest: Manifest) -> set[str]:
+    """Ways that samples take through the model, as far as they can be told."""
+    from esm_stream.calibration.proxies import routes_of
+
+    sources = {source_of(manifest, expert) for expert in manifest.experts}
+    return {route for path in sources for route in routes_of(path, manifest.calibration)}
 
 
 def _shapes(sample: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Size]":
@@ -267,11 +289,15 @@ def _shapes(sample: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Size]":
 def _dummy_sample(
     manifest: Manifest, dtype: str, most_tokens: int | None
 ) -> "dict[str, torch.Tensor] | None":
-    """Inputs of the first expert's first sample; None where the configuration says enough."""
+    """Inputs of the first expert's sample that is not text; None where all have texts alone."""
     from esm_stream.calibration.proxies import example_inputs
 
-    source = source_of(manifest, manifest.experts[0])
-    found = example_inputs(source, manifest.calibration, manifest.base.model, most_tokens)
+    sources = dict.fromkeys(source_of(manifest, expert) for expert in manifest.experts)
+    made = (
+        example_inputs(path, manifest.calibration, manifest.base.model, most_tokens)
+        for path in sources
+    )
+    found = next((sample for sample in made if sample is not None), None)
     if found is None:
         return None
     floats = torch_dtype(dtype)

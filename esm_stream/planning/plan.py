@@ -135,6 +135,7 @@ class ForwardPlan:
 
     `why` says what rules out the modes before `mode`; see calibration/trace.py. `outside` names the
     parameters outside the blocks that the forward uses, `stem` those it uses before the last block.
+    `media` are the arguments for images and sounds of the sample that the plan was made with.
     """
 
     mode: Mode
@@ -144,6 +145,7 @@ class ForwardPlan:
     dtype: str
     stem: tuple[str, ...]
     outside: tuple[str, ...]
+    media: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

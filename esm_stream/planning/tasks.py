@@ -96,7 +96,9 @@ class TaskBuilder:
         named = {e.name: e for e in self._opened.manifest.experts}[expert]
         source = source_of(self._opened.manifest, named)
         drawn = settings.model_dump(mode="json", exclude={"data", "dtype", "min_samples"})
-        size = self._hidden_tokens() * 8
+        # Two int64 per token, of encoder and decoder or ids and types; images and sounds as float32.
+        media = sum(v.numel() for v in self._opened.sample.values() if v.is_floating_point())
+        size = 2 * self._hidden_tokens() * 8 + settings.samples * media * budget.F32
         return self._task(
             f"inputs/{expert}",
             "inputs",

@@ -1,7 +1,7 @@
 """Stage 1: calibration data of one expert -> model inputs in micro-batches."""
 
 from esm_stream.calibration.arguments import save_batches
-from esm_stream.calibration.proxies import read_proxies
+from esm_stream.calibration.proxies import Planned, read_proxies
 from esm_stream.calibration.sources import GENERIC
 from esm_stream.errors import InputError
 from esm_stream.manifest import Manifest
@@ -18,9 +18,16 @@ def run(context: Context) -> TaskResult:
     expert = {e.name: e for e in manifest.experts}[context.task.expert]
     source = manifest.calibration_of(expert) or GENERIC
     assert context.plan.forward is not None
-    tokens = context.plan.forward.tokens_per_sample
+    forward = context.plan.forward
+    planned = Planned(frozenset(forward.media), may_differ=forward.mode == "resident")
     try:
-        proxies = read_proxies(source, manifest.calibration, context.plan.base, tokens)
+        proxies = read_proxies(
+            source,
+            manifest.calibration,
+            context.plan.base,
+            forward.tokens_per_sample,
+            planned=planned,
+        )
     except InputError as error:
         owner = f'expert "{expert.name}"' if expert.calibration else "[calibration] data"
         raise InputError([f"{owner}: {problem}" for problem in error.problems]) from error

@@ -13,13 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esm_stream.calibration.proxies import (
+    Planned,
     Proxies,
     example_inputs,
     most_tokens,
     no_generic_texts,
     read_proxies,
+    routes_of,
 )
-from esm_stream.calibration.sources import first_record, kind_of_source, open_source
+from esm_stream.calibration.sources import first_records, kind_of_source, open_source
 from esm_stream.errors import InputError
 from esm_stream.manifest import Calibration
 
@@ -613,14 +615,45 @@ def test_a_plan_sees_the_first_sample_of_other_kinds(llama: Path, tmp_path: Path
     assert cut["input_ids"].shape == (1, 8)
 
 
-def test_the_first_line_is_read_alone(tmp_path: Path) -> None:
+def test_a_plan_reads_the_lines_that_can_be_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('\n{"text": "w3"}\nnot json\n')
-    found = first_record(path, Calibration())
+    path.write_text('\n{"text": "w3"}\nnot json\n{"text": "w4"}\n')
+    assert [record.text for record in first_records(path, Calibration())] == ["w3", "w4"]
+
+
+def test_a_plan_is_made_with_the_most_telling_sample(llama: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    pair = {"image": "a.png", "text": "w3"}
+    path = lines(tmp_path / "a.jsonl", {"text": "w3"}, pair)
+    found = example_inputs(path, Calibration(), hub.llava(tmp_path / "llava"), 8)
     assert found is not None
-    assert found.text == "w3"
-    path.write_text("not json\n")
-    assert first_record(path, Calibration()) is None
+    assert set(found) == {"input_ids", "pixel_values"}
+    assert routes_of(path, Calibration()) == {"text", "image"}
+    ready = tmp_path / "a.safetensors"
+    first = {"0/input_ids": torch.zeros(1, 3).long()}
+    second = {"1/input_ids": torch.ones(1, 3).long(), "1/inputs_embeds": torch.zeros(1, 3, 16)}
+    save_file(first, ready)
+    assert routes_of(ready, Calibration()) == {"text"}
+    save_file(first | second, ready)
+    assert routes_of(ready, Calibration()) == {"text", "inputs_embeds"}
+    found = example_inputs(ready, Calibration(), llama, 8)
+    assert found is not None
+    assert set(found) == {"input_ids", "inputs_embeds"}
+
+
+def test_samples_that_the_plan_does_not_know_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    model = hub.llava(tmp_path / "llava")
+    pair, plain = {"image": "a.png", "text": "w3"}, {"text": "w3"}
+    both = lines(tmp_path / "a.jsonl", pair, plain, pair)
+    settings = Calibration(min_samples=1)
+    media = frozenset({"pixel_values"})
+    strict, free = Planned(media, may_differ=False), Planned(media, may_differ=True)
+    with pytest.raises(InputError, match=r"sample 1: gives a text alone; the forward is planned"):
+        read_proxies(both, settings, model, 1, planned=strict)
+    assert len(read_proxies(both, settings, model, 1, planned=free).samples) == 3
+    with pytest.raises(InputError, match="none of the samples drawn gives pixel_values"):
+        read_proxies(lines(tmp_path / "b.jsonl", plain), settings, model, 1, planned=free)
 
 
 def test_generic_texts_are_for_models_of_texts_alone(
