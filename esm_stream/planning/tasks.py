@@ -96,7 +96,7 @@ class TaskBuilder:
         named = {e.name: e for e in self._opened.manifest.experts}[expert]
         source = source_of(self._opened.manifest, named)
         drawn = settings.model_dump(mode="json", exclude={"data", "dtype", "min_samples"})
-        # Two int64 per token, of encoder and decoder or ids and types; images and sounds as float32.
+        # Two int64 per token (encoder and decoder, ids and types); images and sounds in float32.
         media = sum(v.numel() for v in self._opened.sample.values() if v.is_floating_point())
         size = 2 * self._hidden_tokens() * 8 + settings.samples * media * budget.F32
         return self._task(

@@ -184,7 +184,14 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         memory=7,
         modality="language",
         forward=ForwardPlan(
-            "chain", "", (Step("layers.0"), Step("layers.1")), 12, "bfloat16", ("embed.weight",), ()
+            "chain",
+            "",
+            (Step("layers.0"), Step("layers.1")),
+            12,
+            "bfloat16",
+            ("embed.weight",),
+            (),
+            ("pixel_values",),
         ),
         matrices={"m": matrix},
         tensors={"t": TensorPlan("t", "factors", 1.5, choice, ("m",), "target")},
