@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from esm_stream import __version__
-from esm_stream_cli import calibrate, demo, merge, plan, schema, status
+from esm_stream_cli import calibrate, demo, imports, merge, methods, plan, schema, status
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 manifest, 4 inputs, 5 model "
@@ -27,6 +27,8 @@ app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("demo")(demo.demo)
 app.command("schema")(schema.schema)
+app.command("methods")(methods.methods)
+app.command("import")(imports.imported)
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,7 +47,7 @@ def plan(
         if as_json:
             typer.echo(made.dump().decode())
         else:
-            show(made, _console())
+            show(made, console())
         try:
             check_budget(made.tasks, made.memory)
         except BudgetError as error:
@@ -61,7 +61,7 @@ def _blocks(forward: "ForwardPlan") -> str:
     return f"{len(forward.steps)} blocks of {named}" if lists else "no blocks"
 
 
-def _console() -> "Console":
+def console() -> "Console":
     """The terminal; wide enough for whole tensor names when the output goes to a file or pipe."""
     from rich.console import Console
 

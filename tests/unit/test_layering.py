@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "stopping": set(),
     "errors": set(),
     "demo": {"store"},
+    "mergekit": set(),
     "checkpoints": set(),
     "methods": {"subspace", "scaling"},
     "store": {"methods", "subspace"},
