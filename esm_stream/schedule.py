@@ -76,12 +76,14 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
 
 
 def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
-    from esm_stream.stages import finish, forward, inputs, measure, merge, scale, stem, write
+    """What runs a task; transformers is imported for the stages of the forward alone."""
+    if stage in ("inputs", "stem", "forward"):
+        from esm_stream.stages import forward, inputs, stem
+
+        return {"inputs": inputs.run, "stem": stem.run, "forward": forward.run}[stage]
+    from esm_stream.stages import finish, measure, merge, scale, write
 
     bodies: dict[Stage, Callable[[Context], TaskResult]] = {
-        "inputs": inputs.run,
-        "stem": stem.run,
-        "forward": forward.run,
         "measure": measure.run,
         "total": measure.run_total,
         "merge": merge.run,

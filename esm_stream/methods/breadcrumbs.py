@@ -21,7 +21,6 @@ from esm_stream.methods.contract import (
     Shares,
     Sums,
     Whole,
-    add_to,
     each,
 )
 from esm_stream.methods.signs import SumOptions
@@ -68,9 +67,9 @@ class Breadcrumbs(ElementwiseMethod):
     def measure(self, panel: Panel, known: Sequence[Any], sums: Sums) -> None:
         """Histograms of |D_t|."""
         if known:
-            add_to(sums, "low", count_low(panel.updates_TN, known[0]["bins"]))
+            count_low(panel.updates_TN, known[0]["bins"], sums)
         else:
-            add_to(sums, "high", count_high(panel.updates_TN))
+            count_high(panel.updates_TN, sums)
 
     def settle(self, sums: Sums, known: Sequence[Any], whole: Whole) -> Any:  # noqa: ANN401
         """Bins, then the smallest and the largest magnitude kept of every expert."""

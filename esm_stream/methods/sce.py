@@ -78,9 +78,9 @@ class Sce(ElementwiseMethod):
             return
         variance_1N = _variance(updates_TN).unsqueeze(0)
         if known:
-            add_to(sums, "low", count_low(variance_1N, known[0]["bins"]))
+            count_low(variance_1N, known[0]["bins"], sums)
         else:
-            add_to(sums, "high", count_high(variance_1N))
+            count_high(variance_1N, sums)
             add_to(sums, "nonzero", torch.count_nonzero(variance_1N))
 
     def settle(self, sums: Sums, known: Sequence[Any], whole: Whole) -> Any:  # noqa: ANN401

@@ -17,24 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm_stream.methods.contract import Sums
+
 _LOW_BITS = 18
 _HIGH_BINS = 1 << (31 - _LOW_BITS)
 _LOW_BINS = 1 << _LOW_BITS
 _LOW_MASK = _LOW_BINS - 1
 
 
-def count_high(values_TN: Tensor) -> Tensor:
-    """Histogram of the high bits of |x| per row, int64, shape (T, bins)."""
-    return torch.stack(
-        [torch.bincount(_bits(row_N) >> _LOW_BITS, minlength=_HIGH_BINS) for row_N in values_TN]
-    )
+def count_high(values_TN: Tensor, sums: Sums) -> None:
+    """Add the high bits of |x| to the histogram sums["high"] of each row, int64, (T, bins)."""
+    if "high" not in sums:
+        sums["high"] = torch.zeros(len(values_TN), _HIGH_BINS, dtype=torch.int64)
+    for row_N, counts_B in zip(values_TN, sums["high"], strict=True):
+        counts_B.add_(torch.bincount(_bits(row_N) >> _LOW_BITS, minlength=_HIGH_BINS))
 
 
 def bins_of(counts_TB: Tensor, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Where ranks lie: the bin of each, and its rank among the elements of that bin.
 
     Args:
-        counts_TB: Sum of `count_high` over everything.
+        counts_TB: What `count_high` counted over everything.
         ranks: For each row, R ranks in ascending order of |x|, from 0.
 
     Returns:
@@ -47,21 +50,21 @@ def bins_of(counts_TB: Tensor, ranks: Sequence[Sequence[int]]) -> tuple[Tensor, 
     return bins_TR, wanted_TR - before_TR
 
 
-def count_low(values_TN: Tensor, bins_TR: Tensor) -> Tensor:
-    """Histogram of the low bits of those |x| in the given bins, int64, shape (T, R, low bins)."""
-    counts = np.zeros((*bins_TR.shape, _LOW_BINS), dtype=np.int64)
-    for row_N, bins, into in zip(values_TN, bins_TR.tolist(), counts, strict=True):
+def count_low(values_TN: Tensor, bins_TR: Tensor, sums: Sums) -> None:
+    """Add the low bits of those |x| in the given bins to sums["low"], int64, (T, R, low bins)."""
+    if "low" not in sums:
+        sums["low"] = torch.zeros(*bins_TR.shape, _LOW_BINS, dtype=torch.int64)
+    for row_N, bins, into in zip(values_TN, bins_TR.tolist(), sums["low"].numpy(), strict=True):
         bits_N = _bits(row_N).numpy()
         high_N = bits_N >> _LOW_BITS
         for number, wanted in enumerate(bins):
             # Few elements lie in one bin: their places first, then their bits.
             inside = bits_N[np.flatnonzero(high_N == wanted)] & _LOW_MASK
             np.add.at(into[number], inside, 1)
-    return torch.from_numpy(counts)
 
 
 def values_of(counts_TRB: Tensor, bins_TR: Tensor, ranks_TR: Tensor) -> Tensor:
-    """The |x| of each rank, float32, shape (T, R), from the sum of `count_low`."""
+    """The |x| of each rank, float32, shape (T, R), from what `count_low` counted."""
     cumulated = counts_TRB.cumsum(2)
     low_TR = torch.searchsorted(cumulated, ranks_TR.unsqueeze(2), right=True).squeeze(2)
     bits_TR = (bins_TR << _LOW_BITS) | low_TR.clamp(max=_LOW_MASK)

@@ -92,9 +92,9 @@ class Ties(ElementwiseMethod):
             add_to(sums, "signs", totals_N.sign_().sum(dtype=torch.float64))
             return
         if not known:
-            add_to(sums, "high", count_high(panel.updates_TN))
+            count_high(panel.updates_TN, sums)
         else:
-            add_to(sums, "low", count_low(panel.updates_TN, known[0]["bins"]))
+            count_low(panel.updates_TN, known[0]["bins"], sums)
 
     def settle(self, sums: Sums, known: Sequence[Any], whole: Whole) -> Any:  # noqa: ANN401
         """Bins, then thresholds per expert, then the majority's sign."""

@@ -13,18 +13,19 @@ alpha. Checksums (crc32c) and no compression; a missing chunk reads as NaN, neve
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import zarr
-import zarr.codecs
 from torch import Tensor
 
 from esm_stream.errors import DataError
 from esm_stream.methods.contract import Factors
 from esm_stream.store.work import file_name
 from esm_stream.subspace.sizes import PANEL_ROWS
+
+if TYPE_CHECKING:
+    import zarr
 
 CHUNK_BYTES = 32 << 20
 _CPU = torch.device("cpu")
@@ -58,6 +59,9 @@ class FactorStore:
     ) -> None:
         chunks = _chunks(shape, np.dtype(dtype).itemsize, leading=leading, max_rows=max_rows)
         path = self.root / name
+        import zarr
+        import zarr.codecs
+
         if (path / "zarr.json").is_file():
             found = zarr.open_array(path, mode="r")
             if found.shape == shape and found.chunks == chunks and found.dtype == dtype:
@@ -118,6 +122,8 @@ class FactorStore:
         return self.read(f"{file_name(matrix)}/update", (slice(start, stop),))
 
     def _open(self, name: str, mode: Literal["r", "r+"]) -> "zarr.Array[Any]":
+        import zarr
+
         return zarr.open_array(self.root / name, mode=mode)
 
     def shape(self, name: str) -> tuple[int, ...]:
