@@ -26,10 +26,9 @@ from esm_stream.calibration.sources import (
     kind_of_source,
     open_source,
 )
+from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.errors import InputError
 from esm_stream.manifest import Calibration
-
-MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)

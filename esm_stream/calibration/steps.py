@@ -11,6 +11,8 @@ Mode = Literal["chain", "replay", "resident"]
 MODES: Final[tuple[Mode, ...]] = ("chain", "replay", "resident")
 OUTSIDE: Final = "outside"
 """In place of a block's name: what runs before, between and after the blocks."""
+MICRO_BATCH_TOKENS: Final = 1024
+"""Most tokens of several samples that run together, where the memory allows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """From a manifest to a plan: open the inputs, decide every tensor's treatment, build the tasks."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from esm_stream import __version__
+from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.manifest import Manifest
 from esm_stream.planning.opening import Opened, longest_sample, open_inputs
-from esm_stream.planning.plan import ForwardPlan, Plan
+from esm_stream.planning.plan import ForwardPlan, Plan, Task
 from esm_stream.planning.tasks import TaskBuilder, check_budget
 from esm_stream.planning.treatments import Treatments
 from esm_stream.store.work import SCHEMA
@@ -28,6 +30,9 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     forward = _forward_plan(opened) if needed else None
     layouts = plan_shards(opened.base, manifest.output.dtype, manifest.output.shard_size)
     tasks = TaskBuilder(opened, treatments, forward, layouts).build()
+    while forward is not None and _may_run_smaller(forward, tasks, manifest.run.memory):
+        forward = replace(forward, micro_batch_tokens=forward.micro_batch_tokens // 2)
+        tasks = TaskBuilder(opened, treatments, forward, layouts).build()
     if check_memory:
         check_budget(tasks, manifest.run.memory)
     return Plan(
@@ -62,11 +67,18 @@ def _forward_plan(opened: Opened) -> ForwardPlan:
         why=trace.why,
         steps=tuple(replace(s, state_bytes=int(s.state_bytes * times)) for s in trace.steps),
         tokens_per_sample=tokens,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
         dtype=opened.dtype,
         stem=trace.stem,
         outside=trace.outside,
         media=tuple(sorted(k for k, v in opened.sample.items() if v.is_floating_point())),
     )
+
+
+def _may_run_smaller(forward: ForwardPlan, tasks: Mapping[str, Task], memory: int) -> bool:
+    """Whether the forward is over the budget, and fewer samples at a time might not be."""
+    largest = max((t.peak_bytes for t in tasks.values() if t.stage == "forward"), default=0)
+    return largest > memory and forward.micro_batch_tokens > forward.tokens_per_sample
 
 
 def _tokens_per_sample(opened: Opened) -> int:

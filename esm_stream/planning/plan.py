@@ -136,12 +136,14 @@ class ForwardPlan:
     `why` says what rules out the modes before `mode`; see calibration/trace.py. `outside` names the
     parameters outside the blocks that the forward uses, `stem` those it uses before the last block.
     `media` are the arguments for images and sounds of the sample that the plan was made with.
+    Samples run together up to `micro_batch_tokens`; a longer one runs alone.
     """
 
     mode: Mode
     why: str
     steps: tuple[Step, ...]
     tokens_per_sample: int
+    micro_batch_tokens: int
     dtype: str
     stem: tuple[str, ...]
     outside: tuple[str, ...]

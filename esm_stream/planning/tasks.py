@@ -92,6 +92,7 @@ class TaskBuilder:
                 yield self._outside(name)
 
     def _inputs(self, expert: str) -> Task:
+        assert self._forward is not None
         settings = self._opened.manifest.calibration
         named = {e.name: e for e in self._opened.manifest.experts}[expert]
         source = source_of(self._opened.manifest, named)
@@ -103,7 +104,12 @@ class TaskBuilder:
             f"inputs/{expert}",
             "inputs",
             after=(),
-            identity=[drawn, _source_identity(source), _processor_identity(self._opened.base.root)],
+            identity=[
+                drawn,
+                self._forward.micro_batch_tokens,
+                _source_identity(source),
+                _processor_identity(self._opened.base.root),
+            ],
             reads=(str(source),),
             writes=(f"inputs/{expert}.safetensors",),
             write_bytes=size,
@@ -621,10 +627,8 @@ class TaskBuilder:
         return self._opened.manifest.calibration.samples * self._forward.tokens_per_sample
 
     def _micro_batch_tokens(self) -> int:
-        from esm_stream.calibration.proxies import MICRO_BATCH_TOKENS
-
         assert self._forward is not None
-        return max(MICRO_BATCH_TOKENS, self._forward.tokens_per_sample)
+        return max(self._forward.micro_batch_tokens, self._forward.tokens_per_sample)
 
     def _factor_bytes(self, m: Matrix) -> int:
         """Stored factors of one expert."""
@@ -661,15 +665,16 @@ def check_budget(tasks: Mapping[str, Task], memory: int) -> None:
     largest = max(tasks.values(), key=lambda task: task.peak_bytes)
     if largest.peak_bytes > memory:
         over = sum(task.peak_bytes > memory for task in tasks.values())
-        smaller = (
-            ', or make the factors smaller: [merge.options] rank_budget = "min_side" (for matrices '
-            "with more outputs than inputs), rank_factor or rank; or a rule with "
-            'method = "average" for the largest matrices'
-        )
+        smaller = {
+            "merge": ', or make the factors smaller: [merge.options] rank_budget = "min_side" (for '
+            "matrices with more outputs than inputs), rank_factor or rank; or a rule with "
+            'method = "average" for the largest matrices',
+            "forward": ", or make samples shorter or fewer: [calibration] max_length, samples",
+        }
         raise BudgetError(
             f"task '{largest.key}' needs {budget.format_size(largest.peak_bytes)} of memory; the "
             f"budget is {budget.format_size(memory)} ({over} of {len(tasks)} tasks are over it). "
-            f"Raise [run] memory or --memory{smaller if largest.stage == 'merge' else ''}."
+            f"Raise [run] memory or --memory{smaller.get(largest.stage, '')}."
         )
 
 

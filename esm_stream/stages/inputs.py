@@ -26,6 +26,7 @@ def run(context: Context) -> TaskResult:
             manifest.calibration,
             context.plan.base,
             forward.tokens_per_sample,
+            forward.micro_batch_tokens,
             planned=planned,
         )
     except InputError as error:

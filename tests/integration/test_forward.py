@@ -21,6 +21,7 @@ from models import (
     save_tokenizer,
     tensors_of,
     write_images,
+    write_manifest,
     write_texts,
 )
 from torch import Tensor, nn
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from esm_stream.calibration.arguments import load_values
 from esm_stream.calibration.proxies import micro_batches
 from esm_stream.calibration.skeleton import build_skeleton
+from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.checkpoints.checkpoint import open_checkpoint
 from esm_stream.errors import DataError, UnsupportedModelError
 from esm_stream.events import Event
+from esm_stream.manifest import load_manifest
+from esm_stream.planning.make import make_plan
 from esm_stream.planning.plan import Matrix, Plan
 from esm_stream.store.factors import FactorStore
 
@@ -314,6 +318,78 @@ def test_a_block_that_overflows_is_an_error_that_names_block_and_expert(
     ) as error:
         stream(plan_of(found))
     assert "float32" in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["replay", "resident"])
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_a_later_mode_merges_to_the_same_bytes(
+    name: str, mode: str, zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    found = zoo(name)
+    chain = plan_of(found)
+    merge_here(chain)
+    other = plan_of(
+        found, output={"path": str(tmp_path / "other")}, run={"forward": mode, "memory": "4GiB"}
+    )
+    assert other.forward is not None
+    assert (other.forward.mode, other.forward.why) == (mode, "asked for")
+    merge_here(other)
+    merged, again = tensors_of(chain.output), tensors_of(other.output)
+    assert merged.keys() == again.keys()
+    for tensor, value in merged.items():
+        assert torch.equal(value, again[tensor]), tensor
+
+
+def test_a_mode_that_does_not_fit_is_refused_with_the_reason(
+    plan_of: PlanOf, tmp_path: Path
+) -> None:
+    from models import Family, draw_inputs, save, tuned
+    from safetensors.torch import save_file
+
+    settings = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    family = Family("T5Model", "T5Config", {**settings, "vocab_size": 60}, "", "tokens")
+    base = build(family, 0)
+    save(base, tmp_path / "base")
+    save(tuned(base, 1, 0.02), tmp_path / "expert")
+    ids = draw_inputs(family, 2, 0, base.config)
+    start = ids["input_ids"][:, :4].contiguous()
+    inputs = tmp_path / "in.safetensors"
+    save_file({**ids, "decoder_input_ids": start}, inputs)
+    experts = {"a": tmp_path / "expert", "b": tmp_path / "expert"}
+    found = Zoo(tmp_path, family, tmp_path / "base", experts, dict.fromkeys("ab", inputs))
+    plan = plan_of(found)
+    assert plan.forward is not None
+    assert plan.forward.mode == "replay"
+    with pytest.raises(UnsupportedModelError, match="cannot be streamed in chain mode") as error:
+        plan_of(found, run={"forward": "chain", "memory": "4GiB"})
+    assert plan.forward.why in str(error.value)
+
+
+def test_fewer_samples_run_together_where_the_memory_does_not_allow_more(
+    zoo: MakeZoo, tmp_path: Path
+) -> None:
+    found = zoo("llama").copy(tmp_path / "zoo")
+    save_tokenizer(found.base)
+    write_texts(tmp_path / "texts.jsonl", 20, seed=5)
+    settings = {"data": str(tmp_path / "texts.jsonl"), "samples": 20, "max_length": 32}
+    experts = [{"name": name, "model": str(path)} for name, path in found.experts.items()]
+
+    def planned(memory: int) -> Plan:
+        document = found.document(
+            tmp_path / "merged", calibration=settings, experts=experts, run={"memory": memory}
+        )
+        path = write_manifest(tmp_path / "merged.toml", document)
+        return make_plan(load_manifest(path), check_memory=False)
+
+    roomy = planned(4 << 30)
+    assert roomy.forward is not None
+    assert roomy.forward.micro_batch_tokens == MICRO_BATCH_TOKENS
+    largest = max(task.peak_bytes for task in roomy.of_stage("forward"))
+    tight = planned(largest - 1)
+    assert tight.forward is not None
+    assert 32 <= tight.forward.micro_batch_tokens < MICRO_BATCH_TOKENS
+    assert max(task.peak_bytes for task in tight.of_stage("forward")) < largest
+    assert tight.tasks["inputs/expert0"].fingerprint != roomy.tasks["inputs/expert0"].fingerprint
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
             "",
             (Step("layers.0"), Step("layers.1")),
             12,
+            1024,
             "bfloat16",
             ("embed.weight",),
             (),

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from esm_stream.calibration.proxies import MICRO_BATCH_TOKENS, micro_batches, read_proxies
+from esm_stream.calibration.proxies import micro_batches, read_proxies
 from esm_stream.calibration.sources import draw, kind_of_source
+from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.errors import InputError
 from esm_stream.manifest import Calibration
 
