@@ -168,6 +168,7 @@ class _Observer:
         like: "_Observer | None" = None,
         varied: frozenset[int] = frozenset(),
     ) -> None:
+        self._skeleton = skeleton
         self._pristine = skeleton.model
         self.blocks = skeleton.blocks()
         self._dummy = dummy
@@ -285,6 +286,18 @@ class _Observer:
             kind = unsupported_value(call.answer)
             if kind is not None:
                 return f"'{name}' returns a {kind}"
+        return self._sharing_blocks()
+
+    def _sharing_blocks(self) -> str:
+        """Blocks that multiply with one stored matrix, whose inputs belong together; or empty."""
+        users: dict[object, str] = {}
+        for block, matrices in self.matrices().items():
+            for matrix in matrices:
+                stored: object = self._skeleton.stored.get(matrix.parameter)
+                source = stored or self._skeleton.converted.get(matrix.parameter)
+                first = users.setdefault(source, block) if source else block
+                if first != block and OUTSIDE not in (first, block):
+                    return f"'{first}' and '{block}' share weights"
         return ""
 
     def difference(self, other: "_Observer", handed_on: Mapping[int, None]) -> str:

@@ -28,13 +28,14 @@ class Seen:
 
     `block`: the block it belongs to, or OUTSIDE. `shared`: other pieces see it too. `routed`: of
     experts of a mixture, how many inputs they get together for one token of the sample; 0 if tokens
-    are not routed.
+    are not routed. `also`: what else to look at, for a matrix that several blocks share.
     """
 
     leader: str
     block: str
     shared: bool
     routed: float
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,9 @@ def _observed(opened: Opened) -> dict[str, tuple[Piece, ...]]:
                 routed = matrix.rows / tokens if matrix.routed else 0.0
                 seen = Seen(matrix.leader, block, shared=False, routed=routed)
                 for place in (places or ())[matrix.slice or 0]:
+                    sights = found.setdefault(place.tensor, {})
                     key = place.slice, place.start
-                    found.setdefault(place.tensor, {}).setdefault(key, _Sight(place, seen))
+                    sights[key] = _sight_of(place, seen, sights.get(key))
     joined = {
         name: tuple(_joined(opened.base.tensors[name], sights.values()))
         for name, sights in found.items()
@@ -168,6 +170,15 @@ class _Sight:
 
     place: Place
     seen: Seen
+
+
+def _sight_of(place: Place, seen: Seen, before: _Sight | None) -> _Sight:
+    """What is seen of a place: the first input, and those of other blocks that share it."""
+    if before is None:
+        return _Sight(place, seen)
+    if seen.leader in (before.seen.leader, *before.seen.also):
+        return before
+    return _Sight(place, replace(before.seen, also=(*before.seen.also, seen.leader)))
 
 
 def _by_parameter(matrices: Iterable[ObservedMatrix]) -> dict[str, list[ObservedMatrix]]:

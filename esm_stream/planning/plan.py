@@ -79,8 +79,9 @@ class Matrix:
 
     `transposed`: stored as (I, O). `moment` and `leader`: which second moment of which input is
     needed, None for methods that need no data; `observed_in` is the block that it belongs to, or
-    OUTSIDE. `routed`: of experts of a mixture, which may see too few tokens, how many inputs they
-    get together for one token; 0 for other matrices. `scaled`: layer scaling applies.
+    OUTSIDE, and `also` names what else is looked at, for a matrix that several blocks share.
+    `routed`: of experts of a mixture, which may see too few tokens, how many inputs they get
+    together for one token; 0 for other matrices. `scaled`: layer scaling applies.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Matrix:
     scaled: bool
     moment: Literal["input", "shift"] | None = None
     leader: str | None = None
+    also: tuple[str, ...] = ()
     observed_in: str = OUTSIDE
     routed: float = 0.0
 

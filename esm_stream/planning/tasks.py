@@ -247,7 +247,7 @@ class TaskBuilder:
                 identity,
                 [checkpoint.identity(name) for name in own],
                 [base.identity(name) for name in parts],
-                [[m.name, m.parts, m.rank, m.moment, m.leader] for m in matrices],
+                [[m.name, m.parts, m.rank, m.moment, m.leader, m.also] for m in matrices],
                 [_method_identity(m, "factor", self._num_experts) for m in matrices],
             ],
             reads=tuple(own),

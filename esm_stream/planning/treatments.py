@@ -425,6 +425,7 @@ class Treatments:
             scaled=self.profile is not None and "layer" in self.profile.levels,
             moment=moment,  # type: ignore[arg-type]
             leader=leader,
+            also=first.seen.also if first.seen else (),
             observed_in=first.seen.block if first.seen else OUTSIDE,
             routed=first.seen.routed if first.seen else 0.0,
         )

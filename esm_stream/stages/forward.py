@@ -10,7 +10,7 @@ A task is one block (chain, replay), what is outside the blocks, or the whole fo
 """
 
 from collections import Counter
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,9 +52,11 @@ def run(context: Context) -> TaskResult:
 
 
 def _observation(context: Context, where: str) -> Observation:
-    """Moments of the matrices of a block, or of those outside."""
-    matrices = context.plan.matrices.values()
-    return Observation(context, [m for m in matrices if m.moment and m.observed_in == where])
+    """Moments of the matrices of a block, or of those outside and those that blocks share."""
+    matrices = [m for m in context.plan.matrices.values() if m.moment]
+    alone = [m for m in matrices if m.observed_in == where and (where == OUTSIDE or not m.also)]
+    shared = [m for m in matrices if m.also and m.observed_in != OUTSIDE and where == OUTSIDE]
+    return Observation(context, [*alone, *shared])
 
 
 # One block ------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _run_all(context: Context, result: TaskResult) -> None:
             undo.callback(one.abandon)
             check()
             one.start()
-        _run_in_step(context, expert, model, passes, result)
+        _run_in_step(context, expert, model, passes, outside, result)
     outside.factor(result)
 
 
@@ -186,6 +188,7 @@ def _run_in_step(
     expert: Expert,
     model: PreTrainedModel,
     passes: list[SuspendedPass],
+    outside: Observation,
     result: TaskResult,
 ) -> None:
     """Load one block after the other and answer all passes that wait for it."""
@@ -208,7 +211,7 @@ def _run_in_step(
         def compute(request: Request, block: nn.Module = block, name: str = step.block) -> Any:  # noqa: ANN401
             return expert.compute(name, block, request.args, request.kwargs)
 
-        with _seen_by(observation, block, step.block):
+        with _seen_by(observation, block, step.block), _seen_by(outside, block, step.block):
             # One pass after the other, so that sums are added up as the plain model's would be.
             for one in passes:
                 while one.request and one.request.number == number:
@@ -226,4 +229,5 @@ def _seen_by(
     observation: Observation, root: nn.Module, name: str = ""
 ) -> AbstractContextManager[None]:
     """While active, the observation sees what its matrices in a module are multiplied with."""
-    return observe_inputs(root, observation.see, observation.keys, name)
+    keys = [key for key in observation.keys if not name or key.startswith(f"{name}.")]
+    return observe_inputs(root, observation.see, keys, name) if keys else nullcontext()

@@ -34,7 +34,8 @@ class Observation:
                 self._moments[key] = ShiftMoment(update)
             elif key not in self._moments:
                 self._moments[key] = InputMoment(matrix.inputs, context.device)
-            self._users.setdefault(str(matrix.leader), {})[key] = self._moments[key].add
+            for seen in (str(matrix.leader), *matrix.also):
+                self._users.setdefault(seen, {})[key] = self._moments[key].add
 
     @property
     def keys(self) -> tuple[str, ...]:
