@@ -64,6 +64,11 @@ class Conversion:
         """Names of the stored tensors."""
         return tuple(tensor for _, tensor in self.sources)
 
+    @property
+    def likeness(self) -> object:
+        """Equal for conversions that do the same to tensors of other names."""
+        return id(self.converter), tuple(pattern for pattern, _ in self.sources), self.shapes
+
     def run(self, model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by name, from values of the stored tensors by name."""
         converter = copy.deepcopy(self.converter)

@@ -16,6 +16,7 @@ A *key* names a matrix: the parameter's name without ".weight", and "#3" for sli
 
 import copy
 import math
+import threading
 import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -79,7 +80,8 @@ def observe_inputs(
 ) -> Generator[None]:
     """Call `observer(key, x)` with what matrices of a module are multiplied with, shape (..., I).
 
-    In whatever thread the module's forward is called, as long as the block lasts. A matrix that is
+    In whatever thread the module's forward is called, as long as the block lasts; what is observed
+    inside of it by somebody else goes to them alone. A matrix that is
     used several times is reported each time; a convolution's input comes unfolded, sample by
     sample; an expert's input has the tokens that are routed to it.
 
@@ -176,11 +178,25 @@ def _watching(
 
         @wraps(forward)
         def watched_forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            with watch:
+            with watch, _innermost(watch):
                 return forward(*args, **kwargs)
 
         undo.enter_context(_replaced(root, watched_forward))
         yield
+
+
+_INNERMOST = threading.local()
+
+
+@contextmanager
+def _innermost(watch: "_Watch") -> Generator[None]:
+    """Of several that watch one thread only the one entered last looks."""
+    before = getattr(_INNERMOST, "watch", None)
+    _INNERMOST.watch = watch
+    try:
+        yield
+    finally:
+        _INNERMOST.watch = before
 
 
 @contextmanager
@@ -245,7 +261,7 @@ class _Watch(TorchFunctionMode):
         watched: Callable[[str], bool],
     ) -> None:
         super().__init__()
-        self._root = root
+        self._modules = list(root.named_modules())
         self._report = report
         self._watched = watched
         self._prefix = f"{prefix}." if prefix else ""
@@ -260,6 +276,8 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if _INNERMOST.watch is not self:
+            return func(*args, **kwargs)
         product, passing = _PRODUCTS.get(func), _PASSING.get(func)
         if product is not None:
             for use in product(self.weight, *args, **kwargs):
@@ -277,7 +295,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(value, "esm_stream_parameter", None)
         if name is not None:
             return _Weight(name) if self._watched(name) else None
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) and value.ndim > 1:
             self._scan()  # parameters may be loaded while the module runs
             if id(value) not in self._known:
                 self._learn(value, None)
@@ -293,8 +311,8 @@ class _Watch(TorchFunctionMode):
 
     def _scan(self) -> None:
         """Learn the parameters that are there, each by the first of its names."""
-        for name, module in self._root.named_modules():
-            for leaf, value in list(module._parameters.items()):
+        for name, module in self._modules:
+            for leaf, value in list(dict.items(module._parameters)):
                 if value is not None and value.ndim > 1 and id(value) not in self._known:
                     path = self._prefix + (f"{name}.{leaf}" if name else leaf)
                     self._learn(value, _Weight(path) if self._watched(path) else None)

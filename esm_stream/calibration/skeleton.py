@@ -47,7 +47,7 @@ class Skeleton:
     `stored` maps the name of a parameter (or persistent buffer) to the checkpoint tensor that holds
     it unchanged, `converted` those that transformers assembles from other tensors at load. Tied
     names share an entry. `dtypes` has the dtype in which each is used. `misfits` says why a
-    parameter cannot be made of the tensors that are there for it.
+    parameter cannot be made of the tensors that are there for it, `known_places` keeps `places`.
     """
 
     model: PreTrainedModel
@@ -55,6 +55,7 @@ class Skeleton:
     converted: Mapping[str, Conversion] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     misfits: Mapping[str, str] = field(default_factory=dict)
+    known_places: dict[object, tuple[tuple[Place, ...], ...] | None] = field(default_factory=dict)
 
     def blocks(self) -> tuple[str, ...]:
         """Names of all blocks: children of outermost lists of modules that hold parameters.
@@ -161,9 +162,15 @@ class Skeleton:
         conversion = self.converted.get(name)
         if conversion is None:
             return None
-        parameter = conversion.trace(self.model)[self._target(name, conversion)]
-        sources = tuple((tensor, shapes[tensor]) for tensor in conversion.tensors)
-        return places_of(parameter, sources, stack, transposed=transposed)
+        target = self._target(name, conversion)
+        # Blocks are alike: where parts lie is found out once, with numbers for the tensors' names.
+        likeness = conversion.likeness, conversion.targets.index(target), stack, transposed
+        if likeness not in self.known_places:
+            sources = tuple((str(number), shape) for number, shape in enumerate(conversion.shapes))
+            parameter = conversion.trace(self.model)[target]
+            found = places_of(parameter, sources, stack, transposed=transposed)
+            self.known_places[likeness] = found
+        return _with_names(self.known_places[likeness], conversion.tensors)
 
     def _names(self, module: str) -> list[str]:
         prefix = f"{module}." if module else ""
@@ -193,6 +200,18 @@ class Skeleton:
     def modality(self) -> str:
         """Whether the main input is pixels ("vision") or anything else ("language")."""
         return "vision" if self.model.main_input_name == "pixel_values" else "language"
+
+
+def _with_names(
+    places: tuple[tuple[Place, ...], ...] | None, names: Sequence[str]
+) -> tuple[tuple[Place, ...], ...] | None:
+    """Places in numbered tensors, with the tensors' names."""
+    if places is None:
+        return None
+    return tuple(
+        tuple(replace(place, tensor=names[int(place.tensor)]) for place in parts)
+        for parts in places
+    )
 
 
 def load_config(root: Path) -> PretrainedConfig:

@@ -355,3 +355,12 @@ def test_tensors_in_place_of_parameters_are_known_by_the_name_they_were_given() 
     with observe_inputs(module, lambda key, _: seen.append(key), ["far.away"]):
         module(torch.randn(2, 6))
     assert seen == ["far.away"]
+
+
+def test_of_two_observers_the_inner_one_sees_its_part_alone() -> None:
+    inner, seen = nn.Sequential(nn.Linear(6, 6)), []
+    outer = nn.Sequential(inner, nn.Linear(6, 4))
+    outer_sees = observe_inputs(outer, lambda key, _: seen.append(f"outer {key}"), ["0.0", "1"])
+    with outer_sees, observe_inputs(inner, lambda key, _: seen.append(f"inner {key}"), ["0"]):
+        outer(torch.randn(2, 6))
+    assert seen == ["inner 0", "outer 1"]
