@@ -332,7 +332,7 @@ class TaskBuilder:
     def _moments_bytes(self, matrices: Sequence[Matrix]) -> int:
         """Moments of matrices that are observed together.
 
-        Of the experts of a mixture each keeps its tokens as long as they take less than a moment.
+        Of the experts of a mixture each keeps its tokens as long as they are fewer than its inputs.
         """
         sizes: dict[str, int] = {}
         stacks: dict[tuple[str, int], tuple[set[str], float]] = {}
@@ -349,8 +349,11 @@ class TaskBuilder:
         total = sum(sizes.values())
         for (_, inputs), (leaders, routed) in stacks.items():
             moment = budget.moment_bytes("input", inputs, inputs)
-            tokens = int(self._hidden_tokens() * routed) * inputs * budget.F32
-            total += min(len(leaders) * moment, tokens + moment)
+            rows = int(self._hidden_tokens() * routed)
+            # Those that get as many tokens as they have inputs begin a sum.
+            begun = rows // inputs + 1
+            kept = rows * inputs * budget.F32
+            total += min(len(leaders) * moment, begun * moment + kept)
         return total
 
     # Statistics ------------------------------------------------------------------------------
