@@ -90,8 +90,8 @@ def head_of(model: PreTrainedModel) -> nn.Module | None:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    # Some models answer with a bare parameter, or with their input embeddings.
-    if not isinstance(head, nn.Module) or head is model.get_input_embeddings():
+    # Some models answer with a bare parameter, or with embeddings that they look tokens up in.
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
         return None
     return head
 

@@ -7,6 +7,7 @@ Cost:  parameters live on the meta device, buffers are real: a 70B model takes a
 A *block* is one child of an outermost ModuleList; the *skeleton* is everything else.
 """
 
+import copy
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -139,6 +140,9 @@ class Skeleton:
                 made[name] = value(self.stored[name], self.dtypes[name])
             elif conversion is None:
                 self._require_buffer(name)
+                derived = self._derived(name)
+                if derived is not None:
+                    made[name] = derived
         return {name: made[name] for name in wanted if name in made}
 
     def places(
@@ -186,11 +190,34 @@ class Skeleton:
         path, _, leaf = name.rpartition(".")
         if name in self.misfits:
             raise UnsupportedModelError(self.misfits[name])
-        if leaf in self.model.get_submodule(path)._parameters:
+        is_parameter = leaf in self.model.get_submodule(path)._parameters
+        if is_parameter and self._derived(name) is None:
             raise UnsupportedModelError(
                 f"the checkpoint has no tensor for parameter '{name}' of "
                 f"{type(self.model).__name__}; is config.json the one of this checkpoint?"
             )
+
+    def _derived(self, name: str) -> Tensor | None:
+        """A parameter that checkpoints leave out because it follows from the configuration.
+
+        Tables of sines, say: what the model itself makes of it, unless that is drawn at random.
+        """
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
+        path, _, leaf = name.rpartition(".")
+        expected = self.model.get_submodule(path)._parameters.get(leaf)
+        if expected is None or not any(re.search(pattern, name) for pattern in ignored):
+            return None
+        made = []
+        for seed in range(2):
+            owner = copy.deepcopy(self.model.get_submodule(path))
+            put_tensor(owner, leaf, torch.zeros(expected.shape, dtype=expected.dtype))
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model._init_weights(owner)
+            made.append(owner._parameters[leaf])
+        assert made[0] is not None
+        assert made[1] is not None
+        return made[0] if torch.equal(made[0], made[1]) else None
 
     def persistent_buffers(self) -> tuple[str, ...]:
         """Names of the buffers that checkpoints hold."""

@@ -3,6 +3,7 @@
     python tests/benchmarks/run.py plan                    # 70B x 8, header-only files
     python tests/benchmarks/run.py memory [--keep DIR]     # 0.3B Llama, 4 experts, 2 GiB
     python tests/benchmarks/run.py kills [--count 10]      # SIGKILL at random moments
+    python tests/benchmarks/run.py forward [--keep DIR]    # 0.8B Llama, streamed and in memory
     python tests/benchmarks/run.py glyphs                  # accuracy, needs the glyph benchmark
 
 The glyph benchmark's directory is ESM_GLYPHS, by default ../shared/glyphs.
@@ -21,6 +22,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from measure import Measured, import_base, machine, measure
 from models import make_llama, make_sparse_70b
@@ -177,6 +179,86 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+FORWARDS = ("plain nothing", "streamed nothing", "plain moments", "streamed moments")
+FORWARD = Path(__file__).with_name("forward.py")
+
+
+def bench_forward(keep: Path | None, rounds: int, with_moments: int) -> None:
+    """One expert's forward of a 0.8B Llama in bf16: 32 samples of 128 tokens, one thread."""
+    folder = keep or Path(tempfile.mkdtemp())
+    if not (folder / "manifest.toml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_llama(folder, experts=2, memory="8GiB", layers=26, hidden=1536)
+    found: dict[str, list[dict]] = {name: [] for name in FORWARDS}
+    # Every other round goes backwards, so that drift falls on both; moments take minutes.
+    for number, names in enumerate([FORWARDS[:2]] * rounds + [FORWARDS[2:]] * with_moments):
+        for name in names if number % 2 == 0 else names[::-1]:
+            found[name].append(run_forward(folder, name))
+            print(name, found[name][-1], flush=True)
+    write_result(
+        "forward", "Forward of one expert: 0.8B Llama, bf16, 32 x 128 tokens", forward_lines(found)
+    )
+    if keep is None:
+        shutil.rmtree(folder)
+
+
+def run_forward(folder: Path, name: str) -> dict:
+    """One forward in a fresh process; what it measured, and its peaks from outside."""
+    shutil.rmtree(folder / "merged.work", ignore_errors=True)
+    result = folder / "result.json"
+    command = [sys.executable, "-W", "ignore", str(FORWARD), *name.split(), str(folder)]
+    outside = measure([*command, str(result)], env={"OMP_NUM_THREADS": "1"})
+    if outside.exit_code:
+        raise SystemExit(f"{name} failed")
+    inside = json.loads(result.read_text())
+    return {
+        **inside,
+        "above": outside.peak_anon - inside["base"],
+        "rss": outside.peak_rss,
+        "wall": outside.wall_seconds,
+    }
+
+
+def forward_lines(found: dict[str, list[dict]]) -> list[str]:
+    """A row for each way of running, and what the streamed one's peak is made of."""
+    lines = [
+        "| | CPU s | of plain | peak RssAnon above imports MiB | peak RSS MiB | read MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in ((name, runs) for name, runs in found.items() if runs):
+        how, observed = name.split()
+        beside = found[f"plain {observed}"]
+        ratios = [r["cpu_seconds"] / p["cpu_seconds"] for r, p in zip(runs, beside, strict=True)]
+        seconds = [r["cpu_seconds"] for r in runs]
+        with_moments = " with moments" if observed == "moments" else ""
+        lines.append(
+            f"| {how}{with_moments} | {median(seconds):.1f} ({min(seconds):.1f} to "
+            f"{max(seconds):.1f}) | {median(ratios):.2f} | "
+            f"{max(r['above'] for r in runs) / MIB:.0f} | {max(r['rss'] for r in runs) / MIB:.0f} "
+            f"| {runs[0]['bytes_read'] / MIB:.0f} |"
+        )
+    one = found["streamed nothing"][0]
+    parts = {key: one[key] for key in ("block", "hidden", "activations")}
+    above = max(run["above"] for run in found["streamed nothing"])
+    whole = sum(parts.values())
+    return [
+        *lines,
+        "",
+        f"{len(found['streamed nothing'])} interleaved rounds and {len(found['streamed moments'])} "
+        "with moments, each run in a process of its own with one thread. CPU seconds are the "
+        "median (least to most) of loading and running, without imports and planning; ratios are "
+        "medians of the rounds' ratios. Both map the weights from their files: they count in RSS, "
+        "of which the streamed forward lets go after each block, and not in RssAnon.",
+        "",
+        f"- mode: {one['mode']}; the expert's files hold {one['stored'] / MIB:.0f} MiB; the head "
+        "is never read, the embedding only where it is looked up",
+        f"- largest block {parts['block'] / MIB:.0f} MiB + hidden states "
+        f"{parts['hidden'] / MIB:.0f} MiB + activations of one micro-batch "
+        f"{parts['activations'] / MIB:.0f} MiB = {whole / MIB:.0f} MiB; the streamed forward's "
+        f"peak is {above / whole:.2f} of it",
+    ]
+
+
 SEPARATE = 'targets = ["q", "k", "v", "o", "up", "down"]\nfuse_qkv = false\n'
 GLYPH_ROWS = (
     ("`vit-official`", "", {8: 78.43, 14: 70.53, 20: 63.60}),
@@ -228,9 +310,11 @@ def glyph_manifest(folder: Path, tasks: list[str], alpha: float, options: str) -
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["plan", "memory", "kills", "glyphs"])
+    parser.add_argument("what", choices=["plan", "memory", "kills", "forward", "glyphs"])
     parser.add_argument("--keep", type=Path, help="directory of the models, made if missing")
     parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--moments", type=int, default=1, help="rounds with moments")
     args = parser.parse_args()
     if args.what == "plan":
         bench_plan()
@@ -238,6 +322,8 @@ def main() -> None:
         bench_memory(args.keep)
     elif args.what == "kills":
         bench_kills(args.count)
+    elif args.what == "forward":
+        bench_forward(args.keep, args.rounds, args.moments)
     else:
         bench_glyphs()
 

@@ -51,13 +51,18 @@ WAVE: Inputs = {"input_values": Real((421,))}
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One row: `model` is a class of transformers, `settings` those of its configuration."""
+    """One row: `model` is a class of transformers, `settings` those of its configuration.
+
+    `shared`: blocks share weights, so that moments are summed in another order than in the plain
+    model, and are not compared bit for bit.
+    """
 
     model: str
     settings: dict[str, Any]
     inputs: Inputs = field(default_factory=lambda: TOKENS)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     fast: bool = False
+    shared: bool = False
 
 
 TEXT: dict[str, Any] = {
@@ -553,6 +558,7 @@ STATES = {
             "use_shared_attention_adapter": True,
             "adapter_rank": 6,
         },
+        shared=True,
     ),
     "lfm2": Architecture(
         "Lfm2ForCausalLM",
@@ -665,7 +671,6 @@ ENCODERS = {
     ),
     "fnet": Architecture("FNetModel", {**BERT, "use_tpu_fourier_optimizations": False}),
     "roformer": Architecture("RoFormerModel", BERT),
-    "squeezebert": Architecture("SqueezeBertModel", {**BERT, "embedding_size": 32}),
     "mobilebert": Architecture(
         "MobileBertModel",
         {**BERT, "embedding_size": 12, "intra_bottleneck_size": 16, "true_hidden_size": 16},
@@ -778,16 +783,6 @@ VISION = {
     "cvt": Architecture(
         "CvtModel",
         {"embed_dim": (8, 16, 24), "num_heads": (1, 2, 3), "depth": (1, 2, 3)},
-        {"pixel_values": Real((3, 37, 45))},
-    ),
-    "resnet": Architecture(
-        "ResNetModel",
-        {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (2, 2), "layer_type": "basic"},
-        {"pixel_values": Real((3, 37, 45))},
-    ),
-    "poolformer": Architecture(
-        "PoolFormerModel",
-        {"hidden_sizes": (8, 12, 16, 20), "depths": (1, 1, 1, 1), "mlp_ratio": 2.0},
         {"pixel_values": Real((3, 37, 45))},
     ),
     "yolos": Architecture(
@@ -1302,11 +1297,12 @@ SEQUENCES = {
     ),
 }
 
-ARCHITECTURES: dict[str, Architecture] = {
-    **DECODERS,
-    **STATES,
-    **ENCODERS,
-    **VISION,
-    **PAIRED,
-    **SEQUENCES,
+GROUPS: dict[str, dict[str, Architecture]] = {
+    "Decoders": DECODERS,
+    "State spaces and hybrids": STATES,
+    "Encoders": ENCODERS,
+    "Vision": VISION,
+    "Pairs and sound": PAIRED,
+    "Sequence to sequence": SEQUENCES,
 }
+ARCHITECTURES = {name: row for group in GROUPS.values() for name, row in group.items()}

@@ -7,7 +7,7 @@ modules, names or hooks. Rows of inputs are reported in the order in which the k
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,27 @@ class Products(TorchDispatchMode):
             for key, x in rule(self, *args, **(kwargs or {})):
                 self._report(key, x)
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        self._einsum = torch.einsum
+        torch.einsum = self._seen_einsum
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:  # noqa: ANN401
+        super().__exit__(*error)
+        torch.einsum = self._einsum
+
+    def _seen_einsum(self, equation: str, *operands: Tensor) -> Tensor:
+        """A sum over several last letters of both: its kernel gets a copy of the parameter."""
+        names, _, out = equation.partition("->")
+        of_x, _, of_matrix = names.partition(",")
+        summed = of_matrix.lstrip(out)
+        if len(summed) > 1 and of_x.endswith(summed):
+            key = self.key(operands[1], operands[1].numel())
+            if key is not None:
+                self._report(key, operands[0].flatten(-len(summed)).flatten(0, -2))
+        return self._einsum(equation, *operands)
 
     def key(self, operand: Tensor, size: int) -> str | None:
         """The parameter that a matrix of `size` numbers lies in."""
@@ -91,6 +112,10 @@ def _bmm(see: Products, left: Tensor, right: Tensor) -> Uses:
             for one, rows in zip(matrix, x, strict=True):
                 yield str(see.key(one, size)), rows[rows.any(-1)]
             return
+
+
+def _baddbmm(see: Products, bias: Tensor, left: Tensor, right: Tensor, **_: Any) -> Uses:  # noqa: ANN401, ARG001
+    yield from _bmm(see, left, right)
 
 
 def _grouped(see: Products, x: Tensor, stack: Tensor, offs: Tensor, *_: Any, **__: Any) -> Uses:  # noqa: ANN401
@@ -141,6 +166,7 @@ RULES: dict[Any, Callable[..., Uses]] = {
     aten.mm: _mm,
     aten.addmm: _addmm,
     aten.bmm: _bmm,
+    aten.baddbmm: _baddbmm,
     aten._grouped_mm: _grouped,
     aten.convolution: _convolution,
 }
