@@ -239,6 +239,10 @@ class Run(Section):
     parallel: PositiveInt = Field(
         default=1, description="Tasks at once in one process; each gets its share of the cores."
     )
+    threads: PositiveInt | None = Field(
+        default=None,
+        description="Threads of each task, instead of its share; then 'parallel' moves no bit.",
+    )
 
 
 class Manifest(Section):

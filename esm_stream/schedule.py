@@ -53,7 +53,7 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
     task = plan.tasks[key]
     started = time.perf_counter()
     try:
-        with task_context(plan, task) as context:
+        with _threads_of(plan), task_context(plan, task) as context:
             result = _body(task.stage)(context)
             read = context.bytes_read
             result.values["bytes_read"] = sum(read.values())
@@ -153,6 +153,19 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
     else:
         with _remote_client(scheduler) as client:
             _run_distributed(plan, graph, client, report)
+
+
+@contextmanager
+def _threads_of(plan: Plan) -> Iterator[None]:
+    """As many threads for a task as the manifest asks for, in whatever process it runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.manifest["run"]["threads"] or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

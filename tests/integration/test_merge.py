@@ -470,6 +470,18 @@ def test_every_scheduler_gives_the_same_bytes(
     assert digests(tmp_path / "one/merged") == digests(tmp_path / "two/merged")
 
 
+def test_a_fixed_number_of_threads_gives_the_same_bytes_whatever_runs_beside(
+    zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    found, before = zoo("llama"), torch.get_num_threads()
+    one = plan_of(found, "one/merged", run={"threads": 2})
+    merge_here(one)
+    other = plan_of(found, "two/merged", run={"threads": 2})
+    merge_here(other, scheduler="threads", parallel=2)
+    assert digests(tmp_path / "one/merged") == digests(tmp_path / "two/merged")
+    assert torch.get_num_threads() == before
+
+
 def test_a_merge_opens_no_port_to_the_network(zoo: MakeZoo, plan_of: PlanOf) -> None:
     import psutil
 
