@@ -240,7 +240,8 @@ class _Observer:
     def _twin(self, number: int, given: Mapping[int | str, Any]) -> "_Twin":
         """What a block does to shapes; blocks of one kind are traced once."""
         block = self._model.get_submodule(self.blocks[number])
-        signature = (_kind_of_block(block), _kind_of_value(tuple(given.items())))
+        kind = _kind_of_block(block, self.blocks[number])
+        signature = (kind, _kind_of_value(tuple(given.items())))
         if signature not in self._twins:
             self._twins[signature] = _Twin(block, given)
         return self._twins[signature]
@@ -249,7 +250,7 @@ class _Observer:
         """A block that the pass has given other settings or parts; empty if there is none."""
         for name in dict.fromkeys(self.blocks[call.number] for call in self.calls):
             before, after = self._pristine.get_submodule(name), model.get_submodule(name)
-            if _kind_of_block(before) != _kind_of_block(after):
+            if _kind_of_block(before, name) != _kind_of_block(after, name):
                 return name
         return ""
 
@@ -501,18 +502,22 @@ def _constants_of(model: nn.Module) -> Callable[[str], Tensor]:
     return lambda name: constant(*shapes[name])
 
 
-def _kind_of_block(block: nn.Module) -> object:
-    """Equal for blocks that do the same to shapes: modules, their settings, their shapes."""
-    number = next((v for k, v in vars(block).items() if k in ("layer_idx", "layer_id")), None)
+def _kind_of_block(block: nn.Module, name: str) -> object:
+    """Equal for blocks that do the same to shapes: modules, their settings, their shapes.
+
+    A setting that is the block's own number says nothing.
+    """
+    last = name.rpartition(".")[2]
+    number = int(last) if last.isdigit() else None
     parts = []
-    for name, module in block.named_modules():
+    for path, module in block.named_modules():
         settings = tuple(
             (key, value)
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and (value != number or value is True)
+            if isinstance(value, bool) or (isinstance(value, int | float | str) and value != number)
         )
         shapes = tuple((n, None if v is None else v.shape) for n, v in module._parameters.items())
-        parts.append((name, type(module), settings, shapes))
+        parts.append((path, type(module), settings, shapes))
     return tuple(parts)
 
 

@@ -57,6 +57,8 @@ class TaskBuilder:
         self._treatments = treatments
         self._forward = forward
         self._steps = tuple(step.block for step in forward.steps) if forward else ()
+        self._block_tensors: dict[str, list[str]] = {}
+        self._buffers_outside = _buffers_outside(opened, self._steps)
         self._layouts = layouts
         self._num_experts = len(opened.experts)
         self._fingerprints: dict[str, str] = {}
@@ -614,15 +616,14 @@ class TaskBuilder:
 
     def _tensors_of_block(self, block: str) -> list[str]:
         assert self._opened.skeleton is not None
-        return list(self._opened.skeleton.tensors_of(block))
+        if block not in self._block_tensors:
+            self._block_tensors[block] = list(self._opened.skeleton.tensors_of(block))
+        return self._block_tensors[block]
 
     def _tensors_outside(self, checkpoint: Checkpoint, parameters: Sequence[str]) -> list[str]:
         """Tensors of parameters and persistent buffers outside the blocks, as far as there are."""
         assert self._opened.skeleton is not None
-        skeleton = self._opened.skeleton
-        inside = tuple(f"{name}." for name in self._steps)
-        buffers = [n for n in skeleton.persistent_buffers() if not n.startswith(inside)]
-        found = skeleton.tensors_for([*parameters, *buffers])
+        found = self._opened.skeleton.tensors_for([*parameters, *self._buffers_outside])
         return [name for name in found if name in checkpoint.tensors]
 
     def _hidden_tokens(self) -> int:
@@ -650,6 +651,14 @@ class TaskBuilder:
         infos = [checkpoint.tensors[n] for n in names]
         dtype = self._opened.dtype
         return [i.name for i in infos if i.kind.is_float and i.kind.torch_name != dtype]
+
+
+def _buffers_outside(opened: Opened, blocks: Sequence[str]) -> list[str]:
+    """Buffers that checkpoints hold outside the blocks."""
+    if opened.skeleton is None:
+        return []
+    inside = tuple(f"{name}." for name in blocks)
+    return [n for n in opened.skeleton.persistent_buffers() if not n.startswith(inside)]
 
 
 def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts: int) -> object:
