@@ -11,15 +11,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from esm_stream.calibration.conversion import Place
-from esm_stream.calibration.hooks import ObservedMatrix
 from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.names import compile_pattern
 from esm_stream.errors import ManifestError
 from esm_stream.manifest import Split
 from esm_stream.planning.opening import Opened
+
+if TYPE_CHECKING:
+    # They import transformers, which merges without data have no use for.
+    from esm_stream.calibration.conversion import Place
+    from esm_stream.calibration.hooks import ObservedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +172,11 @@ def _observed(opened: Opened) -> dict[str, tuple[Piece, ...]]:
 class _Sight:
     """A place and what is seen of its input."""
 
-    place: Place
+    place: "Place"
     seen: Seen
 
 
-def _sight_of(place: Place, seen: Seen, before: _Sight | None) -> _Sight:
+def _sight_of(place: "Place", seen: Seen, before: _Sight | None) -> _Sight:
     """What is seen of a place: the first input, and those of other blocks that share it."""
     if before is None:
         return _Sight(place, seen)
@@ -181,7 +185,7 @@ def _sight_of(place: Place, seen: Seen, before: _Sight | None) -> _Sight:
     return _Sight(place, replace(before.seen, also=(*before.seen.also, seen.leader)))
 
 
-def _by_parameter(matrices: Iterable[ObservedMatrix]) -> dict[str, list[ObservedMatrix]]:
+def _by_parameter(matrices: "Iterable[ObservedMatrix]") -> "dict[str, list[ObservedMatrix]]":
     found: dict[str, list[ObservedMatrix]] = {}
     for matrix in matrices:
         found.setdefault(matrix.parameter, []).append(matrix)

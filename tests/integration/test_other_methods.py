@@ -1,5 +1,7 @@
 """Merges by other methods than ESM through the whole engine, against the same method in memory."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -184,3 +186,18 @@ def test_a_mistake_in_weights_or_rules_is_answered_by_name(
     found = zoo("llama", experts=EXPERTS)
     with pytest.raises(ManifestError, match=message):
         plan_of(found, merge=merge)
+
+
+def test_a_merge_without_data_needs_neither_transformers_nor_zarr(
+    zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    plan_of(zoo("llama", experts=EXPERTS), merge={"method": "ties"})
+    program = (
+        "import sys; from pathlib import Path; from esm_stream import engine;"
+        "from esm_stream.manifest import load_manifest;"
+        "from esm_stream.planning.make import make_plan;"
+        f"plan = make_plan(load_manifest(Path({str(tmp_path / 'merged.toml')!r})));"
+        "engine.merge(plan, scheduler='sync');"
+        "sys.exit(bool({'transformers', 'zarr', 'distributed'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
