@@ -28,6 +28,7 @@ from esm_stream.methods.model_stock import ModelStock
 from esm_stream.methods.multislerp import Multislerp
 from esm_stream.methods.nuslerp import Nuslerp
 from esm_stream.methods.ram import Ram
+from esm_stream.methods.regmean import RegMean
 from esm_stream.methods.sce import Sce
 from esm_stream.methods.slerp import Slerp
 from esm_stream.methods.task_arithmetic import TaskArithmetic
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from esm_stream.methods.contract import AnyMethod, FactorMethod, MethodOptions
     from esm_stream.methods.profiles import Modality
 
-MethodClass = type[ElementwiseMethod] | type[SpectralMethod] | type[Esm] | type[TsvM]
+MethodClass = (
+    type[ElementwiseMethod] | type[SpectralMethod] | type[Esm] | type[RegMean] | type[TsvM]
+)
 METHODS: dict[str, MethodClass] = {
     method.name: method
     for method in (
@@ -67,6 +70,7 @@ METHODS: dict[str, MethodClass] = {
         Multislerp,
         Nuslerp,
         Ram,
+        RegMean,
         Sce,
         Slerp,
         TaskArithmetic,

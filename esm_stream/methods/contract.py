@@ -230,6 +230,8 @@ class FactorMethod(Protocol):
 
     `factors_by_svd`: `factor` holds the singular value decomposition of a whole update;
     `forms_stacks`: `combine` holds the bases of all experts and their singular vectors at once.
+    `needs_inputs`: moments are of inputs, never of shifts. `streams`: `combine` takes the factors
+    one after the other and says by `combine_numbers(shape)` what it holds.
     """
 
     name: ClassVar[str]
@@ -237,6 +239,8 @@ class FactorMethod(Protocol):
     about: ClassVar[About]
     factors_by_svd: bool
     forms_stacks: bool
+    needs_inputs: bool
+    streams: bool
 
     def rank(self, shape: tuple[int, int], num_experts: int) -> int:
         """Largest number of columns K that `factor` keeps of an update of `shape` (O, I)."""
@@ -247,7 +251,7 @@ class FactorMethod(Protocol):
     def factor(self, update_OI: Tensor, moment: Moment | None, num_experts: int) -> Factors:
         """Reduce one expert's update; deterministic, rank at most `rank(...)`."""
 
-    def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:
+    def combine(self, factors: Any, shape: tuple[int, int]) -> Merged:  # noqa: ANN401
         """Merge the factors of all experts (manifest order) into one update (O, I).
 
         Computed in float64, in the dtype of the coordinates.

@@ -35,6 +35,8 @@ class Esm:
 
     name: ClassVar[str] = "esm"
     Options = EsmOptions
+    needs_inputs = False
+    streams = False
     about: ClassVar[About] = About(
         summary="Keeps the output directions that matter for real inputs, made orthogonal.",
         source="arXiv 2602.20208 (CVPR 2026) and 2606.19164 (journal)",

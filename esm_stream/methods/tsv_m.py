@@ -27,6 +27,8 @@ class TsvM:
     name: ClassVar[str] = "tsv_m"
     Options = TsvMOptions
     uses_moments = False
+    needs_inputs = False
+    streams = False
     about: ClassVar[About] = About(
         summary="Leading singular vectors of every update, decorrelated.",
         source="Gargiulo et al. 2025, arXiv 2412.00081",

@@ -22,6 +22,7 @@ from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
 from esm_stream.methods.contract import SpectralMethod
+from esm_stream.methods.regmean import RegMean
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import (
     ALL,
@@ -447,6 +448,8 @@ class TaskBuilder:
         method = method_of(m.method)
         stacks = is_factor_method(method) and method.forms_stacks
         combine = budget.combine_bytes(m.outputs, m.inputs, columns, forms_stacks=stacks)
+        if isinstance(method, RegMean):
+            combine = method.combine_numbers((m.outputs, m.inputs)) * budget.F64
         if m.moment:
             assert self._forward is not None
             forward = self._forward

@@ -399,12 +399,13 @@ class Treatments:
         method = self._method(choice.method)
         name = first.name if len(pieces) == 1 else fused_name(piece.name for piece in pieces)
         moment = leader = None
-        if uses_moments(method):
+        if is_factor_method(method) and method.uses_moments:
             assert first.seen is not None
             leader = first.seen.leader
             # Routed inputs are few, and their updates many: what is kept are the inputs.
             shared = bool(first.seen.routed) or (first.seen.shared and len(pieces) == 1)
-            moment = "shift" if first.inputs > outputs and not shared else "input"
+            by_inputs = shared or method.needs_inputs or first.inputs <= outputs
+            moment = "input" if by_inputs else "shift"
         return Matrix(
             name=name,
             parts=tuple(

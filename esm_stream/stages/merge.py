@@ -39,7 +39,7 @@ def _merged(context: Context, matrix: Matrix) -> Merged:
         return method.merge(_Updates(context, matrix), shape)
     assert is_factor_method(method)
     found = _stored(context, matrix) if matrix.moment else _factored(context, matrix, method)
-    return method.combine(list(found), shape)
+    return method.combine(found if method.streams else list(found), shape)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def main() -> None:
         make_llama(folder, experts=8)
     cli = "import sys; from esm_stream_cli.app import app; sys.argv[0] = 'esm-stream'; app()"
     ours = [sys.executable, "-c", cli, "merge", "-q"]
-    theirs = [str(args.interpreter.parent / "mergekit-yaml"), "-q"]
+    theirs = [str(args.interpreter.parent / "mergekit-yaml")]
     our_base = measure([sys.executable, "-c", OURS_IMPORTS], env=ONE_THREAD)
     imports = "import mergekit.merge, mergekit.scripts.run_yaml"
     their_base = measure([str(args.interpreter), "-c", imports], env=ONE_THREAD)

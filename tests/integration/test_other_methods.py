@@ -13,6 +13,7 @@ from conftest import MakeZoo, PlanOf, Run, merge_here
 from merging import merge as merge_one
 from merging import merge_all
 from models import Zoo, change_tensors, tensors_of
+from test_forward import watch
 from torch import Tensor
 
 from esm_stream import stopping
@@ -80,6 +81,27 @@ def test_matrices_equal_the_method_in_memory(zoo: MakeZoo, run: Run, method: str
         alpha = 0.7 if used == method else 1.0
         expected = value + alpha * update.float()
         torch.testing.assert_close(merged[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_regmean_equals_its_definition(zoo: MakeZoo, run: Run) -> None:
+    found = zoo("llama", experts=2)
+    watched = [watch(found, expert) for expert in found.experts]
+    output = run(found, merge={"method": "regmean", "alpha": 0.5, "options": {"rho": 0.7}})
+    merged, base = tensors_of(output), tensors_of(found.base)
+    tuned = [tensors_of(path) for path in found.experts.values()]
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        key = f"model.layers.1.{name}.weight"
+        moments = []
+        for one in watched:
+            x = torch.cat(one.inputs[f"model.layers.1.{name}"]).double()
+            moment = x.T @ x / len(x)
+            moments.append(0.7 * moment + 0.3 * torch.diag(moment.diagonal()))
+        updates = [one[key].double() - base[key].double() for one in tuned]
+        total = sum(moments)
+        total += 1e-6 * total.trace() / len(total) * torch.eye(len(total))
+        target = sum(d @ m for d, m in zip(updates, moments, strict=True))
+        expected = base[key] + 0.5 * (target @ torch.linalg.inv(total)).float()
+        torch.testing.assert_close(merged[key], expected, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from merging import merge
 from torch import Tensor
 
+from esm_stream.methods.contract import Moment
+
 SHAPES = [(12, 12), (20, 9), (9, 20)]
 FIRST, SECOND = [[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 3.0]]
 EXAMPLE = [torch.tensor(FIRST), torch.tensor(SECOND)]
@@ -141,6 +143,37 @@ def test_dc_merge_of_experts_apart_is_their_mean_of_what_agrees() -> None:
         update[4 * t : 4 * t + 4, 4 * t : 4 * t + 4] = block
         updates.append(update)
     near(merge("dc_merge", updates, options={"density": 1.0}), sum(updates), 1e-4)
+
+
+def moments(num_inputs: int, count: int = 3) -> list[Moment]:
+    inputs = [x.double() for x in random(count, (50, num_inputs), 5)]
+    return [Moment("input", x.T @ x / 50, 50) for x in inputs]
+
+
+def test_regmean_of_equal_moments_is_the_average() -> None:
+    updates, seen = random(3, (12, 8)), moments(8)
+    equal = [seen[0]] * 3
+    near(merge("regmean", updates, moments=equal, options={"ridge": 0.0}), sum(updates) / 3)
+    near(merge("regmean", [updates[0]] * 3, moments=seen), updates[0], 1e-4)
+
+
+def test_regmean_minimises_what_it_says() -> None:
+    updates, seen = [d.double() for d in random(3, (12, 8))], moments(8)
+    options = {"rho": 1.0, "ridge": 0.0}
+    found = merge("regmean", updates, moments=seen, options=options).requires_grad_()
+    loss = sum(
+        torch.trace((found - d) @ m.matrix @ (found - d).T)
+        for d, m in zip(updates, seen, strict=True)
+    )
+    loss.backward()
+    near(found.grad, torch.zeros(12, 8), 1e-8)
+
+
+def test_regmean_without_correlations_weighs_every_input_apart() -> None:
+    updates, seen = random(3, (12, 8)), moments(8)
+    weights = torch.stack([m.matrix.diagonal() for m in seen]).unsqueeze(1)
+    wanted = (torch.stack(updates) * weights).sum(0) / weights.sum(0)
+    near(merge("regmean", updates, moments=seen, options={"rho": 0.0}), wanted, 1e-4)
 
 
 def test_weights_multiply_updates() -> None:
