@@ -295,8 +295,7 @@ class _Elimination:
 def _inverse_triangle(triangles_SPP: Tensor, *, upper: bool) -> Tensor:
     """Inverses of triangular matrices."""
     size, kind = triangles_SPP.shape[-1], triangles_SPP
-    # A copy for each: with one identity for all, solve_triangular overwrites what it reads.
-    identity_SPP = torch.eye(size, dtype=kind.dtype, device=kind.device).repeat(len(kind), 1, 1)
+    identity_SPP = torch.eye(size, dtype=kind.dtype, device=kind.device).expand_as(kind)
     inverse: Tensor = torch.linalg.solve_triangular(triangles_SPP, identity_SPP, upper=upper)
     return inverse
 
