@@ -66,3 +66,13 @@ class _LazyParameters(dict[str, Any]):
 def constant(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """One small value everywhere, expanded without memory."""
     return torch.full((), 0.02, dtype=dtype).expand(shape)
+
+
+def uneven(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Small values that differ along every dimension, as a view of a short buffer.
+
+    Equal ones would hide what goes through them: in a linear layer a norm's output sums to zero.
+    """
+    size = max(1, sum(n - 1 for n in shape) + 1)
+    values = torch.frac(torch.arange(size, dtype=torch.float64) * 0.6180339887) * 0.02 + 0.01
+    return values.to(dtype).as_strided(shape, (1,) * len(shape))

@@ -3,7 +3,7 @@
 From:  a skeleton (no weights) and one dummy sample.
 To:    planning/: a `Trace` (mode, blocks in order, which matrices see which inputs).
 
-The model's own forward is run twice, outside its blocks with one constant for every parameter, so
+The model's own forward is run twice, outside its blocks with small values for every parameter, so
 that nothing is read and nothing is large. A block answers with what its twin on the meta device
 says of the shapes. In the second pass every output that is handed on to the next block as it is
 has other contents. What may then change decides the mode:
@@ -34,7 +34,7 @@ from esm_stream.calibration.arguments import (
     unsupported_value,
 )
 from esm_stream.calibration.hooks import ObservedMatrix, trace_inputs
-from esm_stream.calibration.lazy import constant, load_when_used
+from esm_stream.calibration.lazy import constant, load_when_used, uneven
 from esm_stream.calibration.passes import blocks_answered, own_copy, run_pass
 from esm_stream.calibration.skeleton import Skeleton
 from esm_stream.calibration.steps import MODES, OUTSIDE, Mode, Step
@@ -192,7 +192,7 @@ class _Observer:
         for module in model.modules():
             if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
                 module.forward = _lookup_of_constant(module)  # type: ignore[method-assign, assignment]
-        constants = _constants_of(model)
+        constants = _values_of(model)
 
         def load(name: str) -> Tensor:
             self.used_outside.add(name)
@@ -378,7 +378,7 @@ class _Observer:
 class _Twin:
     """A block on the meta device, run once: what it returns, changes and observes.
 
-    Blocks whose shapes depend on values (routing of tokens) run on the CPU, with one constant for
+    Blocks whose shapes depend on values (routing of tokens) run on the CPU, with small values for
     every parameter.
     """
 
@@ -387,7 +387,7 @@ class _Twin:
             self._run(own_copy(block).to("meta"), map_tensors(dict(given), _to_meta))
         except Exception:  # noqa: BLE001 - whatever an operator without values raises
             twin = own_copy(block)
-            constants = _constants_of(twin)
+            constants = _values_of(twin)
             load_when_used(twin, lambda name: constants(name.removeprefix(f"{_BLOCK}.")), _BLOCK)
             try:
                 self._run(twin, map_tensors(dict(given), Tensor.clone))
@@ -496,10 +496,10 @@ def _to_meta(value: Tensor) -> Tensor:
     return value.to("meta")
 
 
-def _constants_of(model: nn.Module) -> Callable[[str], Tensor]:
-    """What `load_when_used` takes: one constant for every parameter."""
+def _values_of(model: nn.Module) -> Callable[[str], Tensor]:
+    """What `load_when_used` takes: small values for every parameter, without memory."""
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in _all_parameters(model)}
-    return lambda name: constant(*shapes[name])
+    return lambda name: uneven(*shapes[name])
 
 
 def _kind_of_block(block: nn.Module, name: str) -> object:
