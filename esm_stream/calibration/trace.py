@@ -192,11 +192,14 @@ class _Observer:
         for module in model.modules():
             if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
                 module.forward = _lookup_of_constant(module)  # type: ignore[method-assign, assignment]
-        constants = _values_of(model)
+        value_of = _values_of(model)
+        values: dict[str, Tensor] = {}
 
         def load(name: str) -> Tensor:
             self.used_outside.add(name)
-            return constants(name)
+            if name not in values:
+                values[name] = value_of(name)
+            return values[name]
 
         load_when_used(model, load)
         name = type(model).__name__
@@ -210,6 +213,12 @@ class _Observer:
             raise UnsupportedModelError(
                 f"the forward of {name} fails on a dummy sample: {reason}"
             ) from error
+        written = next((n for n, value in values.items() if value._version), None)
+        if written is not None:
+            # What is read in place must not be written to.
+            raise UnsupportedModelError(
+                f"the forward of {name} writes to its own parameter '{written}'"
+            )
         self._touched = self._changed_block(model)
 
     def _answer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401

@@ -404,7 +404,7 @@ def test_fewer_samples_run_together_where_the_memory_does_not_allow_more(
                 "hidden_size": 16,
                 "num_hidden_layers": 2,
             },
-            "fails on a dummy sample",
+            "writes to its own parameter",
         ),
     ],
 )
