@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import MakeZoo
+from conftest import MakeZoo, merge_here
 from models import (
     Zoo,
     change_tensors,
@@ -445,7 +445,6 @@ def test_plan_for_people_says_what_it_costs(manifest: Path) -> None:
 
 
 def test_status_tells_how_far_a_merge_is_and_how_to_go_on(manifest: Path, tmp_path: Path) -> None:
-    from conftest import merge_here
 
     from esm_stream import stopping
     from esm_stream.errors import StopRequestedError
