@@ -50,16 +50,15 @@ class Trace:
     """What one pass over a model without weights has shown.
 
     `why` says what rules out the modes before `mode` ("" for chain). `sample_tokens` is the number
-    of positions that the first block sees of the dummy sample, `width` the size of each. `outside`
-    names the parameters that the forward uses outside the blocks, `stem` those of them that it uses
-    before the last block. `matrices` are those seen in each block, and OUTSIDE.
+    of positions that the first block sees of the dummy sample. `outside` names the parameters that
+    the forward uses outside the blocks, `stem` those of them that it uses before the last block.
+    `matrices` are those seen in each block, and OUTSIDE.
     """
 
     mode: Mode
     why: str
     steps: tuple[Step, ...]
     sample_tokens: int
-    width: int
     stem: tuple[str, ...]
     outside: tuple[str, ...]
     matrices: Mapping[str, tuple[ObservedMatrix, ...]]
@@ -80,23 +79,23 @@ def trace_model(skeleton: Skeleton, inputs: Mapping[str, Tensor] | None) -> Trac
     first.run()
     why_not_replay = first.why_not_replay()
     handed_on = first.handed_on()
-    varied = _Observer(skeleton, dummy, like=first, varied=frozenset(handed_on))
     why_not_chain = ""
-    if not why_not_replay:
+    if why_not_replay:
+        handed_on = {}
+    else:
+        varied = _Observer(skeleton, dummy, like=first, varied=frozenset(handed_on))
         varied.run()
         difference = first.difference(varied, handed_on)
         if difference:
             handed_on, why_not_chain = {}, difference
         else:
             why_not_chain = first.why_not_chain(handed_on)
-    else:
-        handed_on = {}
     mode: Mode = "resident" if why_not_replay else "replay" if why_not_chain else "chain"
     return Trace(
         mode,
         why_not_replay or why_not_chain,
         first.steps(handed_on),
-        *first.sizes(),
+        first.sample_tokens(),
         tuple(sorted(first.used_before_last)),
         tuple(sorted(first.used_outside)),
         first.matrices(),
@@ -363,14 +362,13 @@ class _Observer:
             for number, index in firsts.items()
         )
 
-    def sizes(self) -> tuple[int, int]:
-        """Positions and features of the first hidden state, or of the largest input seen."""
+    def sample_tokens(self) -> int:
+        """Positions of the first hidden state, or rows of the largest input seen."""
         for call in self.calls:
             if call.place is not None:
-                hidden = by_place(call.args, call.kwargs)[call.place]
-                return max(1, hidden.numel() // hidden.shape[-1]), hidden.shape[-1]
-        widest = max((m.layout.inputs for m in self._outside.values()), default=1)
-        return max((m.rows for m in self._outside.values()), default=1), widest
+                hidden: Tensor = by_place(call.args, call.kwargs)[call.place]
+                return max(1, hidden.numel() // hidden.shape[-1])
+        return max((m.rows for m in self._outside.values()), default=1)
 
     def matrices(self) -> dict[str, tuple[ObservedMatrix, ...]]:
         """Every matrix whose input was seen, by block."""

@@ -1,14 +1,13 @@
 """One expert's model as a stage runs it: blocks loaded whole, everything else when it is used."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esm_stream.calibration.arguments import map_tensors
+from esm_stream.calibration.arguments import map_tensors, tensors_in
 from esm_stream.calibration.lazy import load_when_used
 from esm_stream.calibration.passes import own_copy
 from esm_stream.calibration.skeleton import (
@@ -79,12 +78,31 @@ class Expert:
             DataError: It holds NaN or Inf.
         """
         device = self._context.device
-        here: Callable[[Tensor], Tensor] = lambda value: value.to(device)  # noqa: E731
+
+        def here(value: Tensor) -> Tensor:
+            return value.to(device)
+
         with torch.no_grad():
             output = block(*map_tensors(args, here), **map_tensors(kwargs, here))
         output = map_tensors(output, Tensor.cpu)
-        self._require_finite(name, output)
+        self.require_finite(
+            output,
+            f"block '{name}' of expert \"{self._context.task.expert}\" gives NaN or Inf on its "
+            'calibration samples; try [calibration] dtype = "float32"',
+        )
         return output
+
+    def require_finite(self, value: Any, otherwise: str) -> None:  # noqa: ANN401 - nested tensors
+        """Refuse hidden states with NaN or Inf.
+
+        Raises:
+            DataError: Naming the tensor of the expert that is to blame, else `otherwise`.
+        """
+        floats = (t for t in tensors_in(value) if t.is_floating_point())
+        if not all(is_finite(tensor) for tensor in floats):
+            stored = self._skeleton.stored
+            outside = (stored[name] for name in self.forward.outside if name in stored)
+            raise blame(self._context, [*self._context.task.reads, *outside], otherwise)
 
     def _value(self, parameter: str) -> Tensor:
         """A parameter outside the blocks, in place where it is stored as it is used."""
@@ -98,33 +116,6 @@ class Expert:
         found = skeleton.values([parameter], reader.tensor)
         self._converted |= found
         return found[parameter]
-
-    def _require_finite(self, name: str, output: Any) -> None:  # noqa: ANN401
-        task = self._context.task
-        found: list[Tensor] = []
-        map_tensors(output, found.append)
-        if not all(is_finite(value) for value in found if value.is_floating_point()):
-            raise blame(
-                self._context,
-                task.reads,
-                f"block '{name}' of expert \"{task.expert}\" gives NaN or Inf on its calibration "
-                'samples; try [calibration] dtype = "float32"',
-            )
-
-    def require_finite_inputs(self, hidden: Tensor) -> None:
-        """Refuse a first hidden state with NaN or Inf.
-
-        Raises:
-            DataError: Naming a tensor that is to blame, or the samples.
-        """
-        expert = self._context.task.expert
-        if not is_finite(hidden):
-            raise blame(
-                self._context,
-                self._context.task.reads,
-                f'what precedes block 0 of expert "{expert}" gives NaN or Inf on its calibration '
-                "samples; check the samples",
-            )
 
 
 def _skeleton(context: Context, dtype: torch.dtype) -> Skeleton:

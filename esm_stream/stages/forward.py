@@ -10,6 +10,7 @@ A task is one block (chain, replay), what is outside the blocks, or the whole fo
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -37,6 +38,9 @@ from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stages.expert import Expert
 from esm_stream.stages.observation import Observation
 from esm_stream.stopping import check
+
+Compute = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""Gives a block's output from its arguments."""
 
 
 def run(context: Context) -> TaskResult:
@@ -84,7 +88,7 @@ def _run_block(context: Context, result: TaskResult) -> None:
     observation.factor(result)
 
 
-def _in_chain(context: Context, compute: Any) -> list[Any]:  # noqa: ANN401
+def _in_chain(context: Context, compute: Compute) -> list[Any]:
     """Outputs of the task's block: the hidden state alone, all micro-batches."""
     task, directory = context.task, context.directory
     calls: list[Call] = load_value(directory.arguments(task.expert), task.block)
@@ -104,27 +108,31 @@ def _with_hidden(call: Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str,
     return args, {k: hidden if value is HIDDEN else value for k, value in call.kwargs.items()}
 
 
-def _in_replay(context: Context, expert: Expert, compute: Any) -> list[Any]:  # noqa: ANN401
+def _in_replay(context: Context, expert: Expert, compute: Compute) -> list[Any]:
     """Whole outputs of the task's block, reached by a forward with stored outputs."""
     outputs: list[Any] = []
-    number = context.task.block
 
     def finish(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         outputs.append(compute(args, kwargs))
         raise PassEndedError
 
-    _replay(context, expert, expert.model(), {number: finish})
+    _replay(context, expert, expert.model(), context.task.block, finish)
     return outputs
 
 
-def _replay(context: Context, expert: Expert, model: Any, answers: dict[int, Any]) -> list[Any]:  # noqa: ANN401
-    """Run the forward on all micro-batches, with stored outputs for the blocks before the task's.
+def _replay(
+    context: Context,
+    expert: Expert,
+    model: PreTrainedModel,
+    end: int,
+    finish: Compute | None = None,
+) -> None:
+    """Run the forward on all micro-batches, with stored outputs for the blocks before `end`.
 
-    Outputs that only the next block reads are not needed again, and stood in for.
+    Outputs that only the next block reads are not needed again, and stood in for. `finish` answers
+    for block `end`, if there is one.
     """
     directory, name, steps = context.directory, context.task.expert, expert.forward.steps
-    last = context.task.block if context.task.block >= 0 else len(steps)
-    results = []
     with blocks_answered(model, expert.block_names):
         for index, batch in enumerate(load_batches(directory.inputs(name))):
             check()
@@ -135,18 +143,17 @@ def _replay(context: Context, expert: Expert, model: Any, answers: dict[int, Any
                 kwargs: dict[str, Any],
                 index: int = index,
             ) -> Any:  # noqa: ANN401
-                if number in answers:
-                    return answers[number](args, kwargs)
+                if finish is not None and number == end:
+                    return finish(args, kwargs)
                 step = steps[number]
-                if step.handed_on and number + 1 != last:
+                if step.handed_on and number + 1 != end:
                     return stand_in(step, args, kwargs)
                 stored = load_value(directory.hidden(name, number + 1), index)
                 if expert.forward.mode == "chain" and step.extra >= 0:
                     return (stored, *([None] * step.extra))
                 return stored
 
-            results.append(run_pass(model, expert.inputs(batch), answer))
-    return results
+            run_pass(model, expert.inputs(batch), answer)
 
 
 # What is outside the blocks -------------------------------------------------------------------
@@ -157,7 +164,7 @@ def _run_outside(context: Context, result: TaskResult) -> None:
     observation = _observation(context, OUTSIDE)
     model = expert.model()
     with _seen_by(observation, model):
-        _replay(context, expert, model, {})
+        _replay(context, expert, model, len(expert.forward.steps))
     observation.factor(result)
 
 

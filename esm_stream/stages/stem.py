@@ -30,7 +30,11 @@ def run(context: Context) -> TaskResult:
         call, hidden = as_call(steps[number], args, kwargs)
         calls[number].append(call)
         if number == 0:
-            expert.require_finite_inputs(hidden)
+            expert.require_finite(
+                hidden,
+                f'what precedes block 0 of expert "{name}" gives NaN or Inf on its calibration '
+                "samples; check the samples",
+            )
             states.append(hidden.clone())
         if number + 1 == len(steps):
             raise PassEndedError

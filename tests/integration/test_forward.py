@@ -320,6 +320,17 @@ def test_a_block_that_overflows_is_an_error_that_names_block_and_expert(
     assert "float32" in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["chain", "replay", "resident"])
+def test_a_tensor_outside_the_blocks_that_is_not_finite_is_named_in_every_mode(
+    mode: str, zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
+) -> None:
+    found = zoo("llama").copy(tmp_path / "zoo")
+    name = "model.embed_tokens.weight"
+    change_tensors(found.experts["expert1"], {name: lambda value: value * torch.nan})
+    with pytest.raises(DataError, match=r"'model\.embed_tokens\.weight' of expert \"expert1\""):
+        merge_here(plan_of(found, run={"forward": mode, "memory": "4GiB"}))
+
+
 @pytest.mark.parametrize("mode", ["replay", "resident"])
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_a_later_mode_merges_to_the_same_bytes(

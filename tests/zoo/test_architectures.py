@@ -10,19 +10,13 @@ from architectures import ARCHITECTURES
 from proof import prove
 from table import PAGE, lines_of
 
-# Architectures whose forward is not streamed: this list has to become empty.
-NOT_STREAMED: tuple[str, ...] = ()
-
 
 def cases() -> list[Any]:
     """All architectures; those that are not in the fast subset are marked slow."""
-    found = []
-    for name, architecture in ARCHITECTURES.items():
-        marks = [] if architecture.fast else [pytest.mark.slow]
-        if name in NOT_STREAMED:
-            marks.append(pytest.mark.xfail(reason="not streamed"))
-        found.append(pytest.param(name, marks=marks))
-    return found
+    return [
+        pytest.param(name, marks=[] if architecture.fast else [pytest.mark.slow])
+        for name, architecture in ARCHITECTURES.items()
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
