@@ -1,10 +1,12 @@
-"""One graph for every way to run it: in process by Dask, without Dask's scheduler, or on a cluster.
+"""One graph for every way to run it: task after task, by Dask in this process, or on a cluster.
 
 From:  plan.py's tasks, those that are not complete.
 To:    stages/, one call per task; a task is a name, and so is what it returns.
 
-Memory is bounded by admission: a task declares its projected peak and starts when as much of the
-budget is free. Dask's own resources do that on workers; a gate in this process does it for threads.
+One task at a time needs no scheduler: the plan's order is one in which each finds what it reads.
+Where several run, memory is bounded by admission: a task declares its projected peak and starts
+when as much of the budget is free. Dask's own resources do that on workers; a gate in this process
+does it for threads.
 """
 
 import errno
@@ -121,7 +123,7 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
 
     Args:
         plan: The plan, already written to its work directory.
-        keys: Tasks to run; what they depend on is complete or among them.
+        keys: Tasks to run, each after those of them it depends on; all others are complete.
         scheduler: "local", "sync", "threads", a scheduler's address, or a scheduler file.
         parallel: Tasks at once in this process.
         report: Called with key and seconds, in this process.
@@ -129,8 +131,14 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
     Raises:
         EsmStreamError: The first failure; tasks that were running are finished first.
     """
-    chosen = set(keys)
+    if not keys:
+        return
     path = str(plan.directory.plan)
+    if scheduler == "sync" or (scheduler == "local" and parallel == 1):
+        for key in keys:
+            report(key, run_task(path, key))
+        return
+    chosen = set(keys)
     # Nodes of two runs on one cluster must not be taken for each other.
     run = uuid.uuid4().hex
     graph = {
@@ -142,11 +150,9 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
         )
         for key in keys
     }
-    if not graph:
-        return
-    if scheduler in ("sync", "threads"):
-        with _threads_per_task(1 if scheduler == "sync" else parallel):
-            _run_in_process(plan, graph, scheduler, parallel, report)
+    if scheduler == "threads":
+        with _threads_per_task(parallel):
+            _run_threaded(plan, graph, parallel, report)
     elif scheduler == "local":
         with _threads_per_task(parallel), _local_client(plan.memory, parallel) as client:
             _run_distributed(plan, graph, client, report)
@@ -181,12 +187,12 @@ def _threads_per_task(parallel: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_in_process(
-    plan: Plan, graph: Mapping[str, tuple[Any, ...]], scheduler: str, parallel: int, report: Report
+def _run_threaded(
+    plan: Plan, graph: Mapping[str, tuple[Any, ...]], parallel: int, report: Report
 ) -> None:
-    """Dask's synchronous or threaded scheduler."""
+    """Dask's threaded scheduler."""
     from dask.callbacks import Callback
-    from dask.local import get_sync
+    from dask.threaded import get
 
     gate = _Gate(plan.memory)
 
@@ -199,21 +205,12 @@ def _run_in_process(
 
     waiting = {node: (admitted, *call[1:]) for node, call in graph.items()}
     with Callback(posttask=done):
-        get = get_sync if scheduler == "sync" else _threaded_get(parallel)
-        get(waiting, list(waiting))
+        get(waiting, list(waiting), num_workers=parallel)
 
 
 def _key(node: str) -> str:
     """Task key of a node of the graph."""
     return node.partition(":")[2]
-
-
-def _threaded_get(parallel: int) -> Callable[..., object]:
-    from functools import partial
-
-    from dask.threaded import get
-
-    return partial(get, num_workers=parallel)
 
 
 class _Gate:

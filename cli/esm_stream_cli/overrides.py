@@ -31,7 +31,7 @@ Forward = Annotated[
 
 Scheduler = Annotated[
     str,
-    typer.Option(help="local (Dask in this process), sync, threads, tcp://HOST:PORT, or a file."),
+    typer.Option(help="local (this process), sync, threads, tcp://HOST:PORT, or a file."),
 ]
 Restart = Annotated[
     bool,

@@ -493,7 +493,7 @@ def test_a_merge_opens_no_port_to_the_network(zoo: MakeZoo, plan_of: PlanOf) -> 
         seen.update(c.laddr for c in connections if c.status == psutil.CONN_LISTEN)
 
     plan = plan_of(zoo("gpt2"), merge={"method": "average"})
-    merge_here(plan, listen, scheduler="local")
+    merge_here(plan, listen, scheduler="local", parallel=2)
     assert [address for address in seen if not address.ip.startswith(("127.", "::1"))] == []
 
 

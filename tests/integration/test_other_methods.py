@@ -219,7 +219,7 @@ def test_a_merge_without_data_needs_neither_transformers_nor_zarr(
         "from esm_stream.manifest import load_manifest;"
         "from esm_stream.planning.make import make_plan;"
         f"plan = make_plan(load_manifest(Path({str(tmp_path / 'merged.toml')!r})));"
-        "engine.merge(plan, scheduler='sync');"
+        "engine.merge(plan);"
         "sys.exit(bool({'transformers', 'zarr', 'distributed'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

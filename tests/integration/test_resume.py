@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MakeZoo, PlanOf, merge_here
 from models import Zoo, change_tensors, write_manifest
 from test_merge import digests
@@ -59,11 +60,11 @@ class Log:
                 stopping.request()
 
 
-def stop_after(plan: Plan, count: int) -> list[str]:
+def stop_after(plan: Plan, count: int, **options: object) -> list[str]:
     """Run `count` tasks of a plan, then give up as after Ctrl-C; returns what ran."""
     log = Log(count)
     with pytest.raises(StopRequestedError):
-        merge_here(plan, log)
+        merge_here(plan, log, **options)
     return log.ran
 
 
@@ -109,14 +110,17 @@ def test_merge_stopped_after_some_tasks_resumes_to_identical_bytes(
     assert digests(plan.output) == expected
 
 
-@pytest.mark.parametrize(
-    "count",
-    [
-        5,
-        7,
-        13,
-    ],
-)
+@pytest.mark.parametrize(("scheduler", "parallel"), [("local", 2), ("threads", 2)])
+def test_merge_stopped_while_several_tasks_run_resumes_to_identical_bytes(
+    scheduler: str, parallel: int, small: Zoo, plan_of: PlanOf, expected: dict[str, str]
+) -> None:
+    plan = plan_of(small, merge=MERGE, run={"threads": torch.get_num_threads()})
+    first = stop_after(plan, 9, scheduler=scheduler, parallel=parallel)
+    assert not set(first) & set(again(plan))
+    assert digests(plan.output) == expected
+
+
+@pytest.mark.parametrize("count", [5, 7, 13])
 def test_no_finished_task_runs_twice_after_a_stop(count: int, small: Zoo, plan_of: PlanOf) -> None:
     """5: both stems and one forward done; 7: one expert is a block ahead of the other."""
     plan = plan_of(small, merge=MERGE)
