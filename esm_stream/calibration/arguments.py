@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import modeling_outputs
 from transformers.utils.generic import ModelOutput
 
-from esm_stream.store.files import write_atomically
+from esm_stream.store.files import save_tensors
 
 
 class _Hidden(Enum):
@@ -103,35 +102,45 @@ def save_values(path: Path, values: Sequence[Any]) -> None:
     Raises:
         ValueError: A value is of a type that `unsupported_value` names.
     """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[int, str] = {}
+    encoder = _Encoder()
+    structure = json.dumps([encoder.encode(value) for value in values])
+    save_tensors(path, encoder.tensors, {"values": structure})
 
-    def encode(value: Any) -> Any:  # noqa: ANN401, PLR0911 - one case per kind
+
+class _Encoder:
+    """Turns nested values into JSON, and collects their tensors under numbers."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._numbers: dict[int, str] = {}
+
+    def encode(self, value: Any) -> Any:  # noqa: ANN401, PLR0911 - one case per kind
+        """The JSON node of a value."""
         if value is HIDDEN:
             return {"hidden": True}
         if isinstance(value, Tensor):
-            order = _order_in_memory(value)
-            if id(value) not in numbers:
-                numbers[id(value)] = str(len(numbers))
-                tensors[numbers[id(value)]] = value.permute(order).contiguous().clone()
-            return {"tensor": numbers[id(value)], "order": order}
+            return self._encode_tensor(value)
         if isinstance(value, ModelOutput):
-            return {"output": type(value).__name__, "dict": _encode_items(value)}
+            return {"output": type(value).__name__, "dict": self._encode_items(value)}
         if isinstance(value, Call):
-            return {"call": [encode(value.args), encode(value.kwargs)]}
+            return {"call": [self.encode(value.args), self.encode(value.kwargs)]}
         if isinstance(value, tuple | list):
-            return {type(value).__name__: [encode(item) for item in value]}
+            return {type(value).__name__: [self.encode(item) for item in value]}
         if isinstance(value, dict):
-            return {"dict": _encode_items(value)}
+            return {"dict": self._encode_items(value)}
         if value is None or isinstance(value, Plain):
             return {"value": value}
         raise ValueError(f"a {type(value).__name__} cannot be kept in a file")
 
-    def _encode_items(items: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: encode(value) for key, value in items.items()}
+    def _encode_items(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: self.encode(value) for key, value in items.items()}
 
-    structure = json.dumps([encode(value) for value in values])
-    write_atomically(path, save(tensors, {"values": structure}))
+    def _encode_tensor(self, value: Tensor) -> dict[str, Any]:
+        order = _order_in_memory(value)
+        if id(value) not in self._numbers:
+            number = self._numbers[id(value)] = str(len(self._numbers))
+            self.tensors[number] = value.permute(order).contiguous()
+        return {"tensor": self._numbers[id(value)], "order": order}
 
 
 def _order_in_memory(value: Tensor) -> list[int]:
@@ -140,50 +149,47 @@ def _order_in_memory(value: Tensor) -> list[int]:
     return sorted(range(value.ndim), key=lambda axis: (-strides[axis], axis))
 
 
-def load_values(path: Path) -> list[Any]:
-    """All values that `save_values` wrote."""
-    return list(_load(path, None))
+def load_values(path: Path) -> Iterator[Any]:
+    """All values that `save_values` wrote, each read when it is asked for."""
+    with safe_open(path, "pt") as file:
+        for node in json.loads(file.metadata()["values"]):
+            yield _decode(file, node)
 
 
 def load_value(path: Path, number: int) -> Any:  # noqa: ANN401
     """One of the values that `save_values` wrote; only its tensors are read."""
-    return next(_load(path, number))
-
-
-def _load(path: Path, number: int | None) -> Iterator[Any]:
     with safe_open(path, "pt") as file:
-        structure = json.loads(file.metadata()["values"])
+        return _decode(file, json.loads(file.metadata()["values"])[number])
 
-        def decode(node: dict[str, Any]) -> Any:  # noqa: ANN401 - one case per kind
-            if "tensor" in node:
-                # A copy lies where torch aligns it: the bits of small products depend on that.
-                stored = file.get_tensor(node["tensor"]).clone()
-                order = node["order"]
-                return stored.permute([order.index(axis) for axis in range(len(order))])
-            if "call" in node:
-                args, kwargs = map(decode, node["call"])
-                return Call(args, kwargs)
-            if "dict" in node:
-                items = {key: decode(value) for key, value in node["dict"].items()}
-                known = getattr(modeling_outputs, node["output"]) if "output" in node else dict
-                return known(**items)
-            if "tuple" in node:
-                return tuple(decode(item) for item in node["tuple"])
-            if "list" in node:
-                return [decode(item) for item in node["list"]]
-            return HIDDEN if "hidden" in node else node["value"]
 
-        yield from map(decode, structure if number is None else [structure[number]])
+def _decode(file: Any, node: dict[str, Any]) -> Any:  # noqa: ANN401 - one case per kind
+    if "tensor" in node:
+        # A copy lies where torch aligns it: the bits of small products depend on that.
+        stored = file.get_tensor(node["tensor"]).clone()
+        order = node["order"]
+        return stored.permute([order.index(axis) for axis in range(len(order))])
+    if "call" in node:
+        args, kwargs = (_decode(file, part) for part in node["call"])
+        return Call(args, kwargs)
+    if "dict" in node:
+        items = {key: _decode(file, value) for key, value in node["dict"].items()}
+        known = getattr(modeling_outputs, node["output"]) if "output" in node else dict
+        return known(**items)
+    if "tuple" in node:
+        return tuple(_decode(file, item) for item in node["tuple"])
+    if "list" in node:
+        return [_decode(file, item) for item in node["list"]]
+    return HIDDEN if "hidden" in node else node["value"]
 
 
 def save_batches(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
     """Write named tensors of all micro-batches: the model's inputs."""
     tensors = {
-        f"{index:05d}/{name}": value.contiguous()
+        f"{index:05d}/{name}": value
         for index, batch in enumerate(batches)
         for name, value in batch.items()
     }
-    write_atomically(path, save(tensors))
+    save_tensors(path, tensors)
 
 
 def load_batches(path: Path) -> list[dict[str, Tensor]]:

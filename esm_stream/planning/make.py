@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from esm_stream import __version__
+from esm_stream.allocation import return_freed_memory
 from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.manifest import Manifest
 from esm_stream.planning.opening import Opened, longest_sample, open_inputs
@@ -24,6 +25,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     Raises:
         ManifestError, InputError, UnsupportedModelError, BudgetError: See opening.py and tasks.py.
     """
+    return_freed_memory()
     opened = open_inputs(manifest)
     treatments = Treatments(opened)
     needed = any(matrix.moment for matrix in treatments.matrices.values())

@@ -19,6 +19,7 @@ from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.checkpoints.companions import model_files
 from esm_stream.checkpoints.header import TensorInfo
+from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
 from esm_stream.methods.contract import SpectralMethod
@@ -34,7 +35,6 @@ from esm_stream.planning.plan import (
     topological,
 )
 from esm_stream.planning.treatments import Treatments
-from esm_stream.write.shards import ShardLayout
 
 GROUP_BYTES = 256 << 20
 # Base tensors of one measuring task: its sums are kept, whatever it goes over.
@@ -136,7 +136,7 @@ class TaskBuilder:
             read_bytes=_sizes(checkpoint, self._converted(checkpoint, used)),
             write_bytes=2 * hidden,
             kept_bytes=hidden,
-            peak_bytes=budget.TASK_OVERHEAD + 6 * hidden + self._cast_bytes(checkpoint, used),
+            peak_bytes=budget.TASK_OVERHEAD + 3 * hidden + self._cast_bytes(checkpoint, used),
             expert=expert,
         )
 
@@ -326,7 +326,7 @@ class TaskBuilder:
             budget.TASK_OVERHEAD
             + max(casts, default=0)
             + self._cast_bytes(checkpoint, self._converted(checkpoint, outside))
-            + max(4, len(states) + 2) * largest
+            + max(3, len(states) + 2) * largest
             + kept
             + max(moments.values(), default=0)
             + max(activations, factoring)

@@ -94,9 +94,9 @@ def _in_chain(context: Context, compute: Compute) -> list[Any]:
     calls: list[Call] = load_value(directory.arguments(task.expert), task.block)
     states = load_values(directory.hidden(task.expert, task.block))
     outputs = []
-    for call in calls:
+    for call, hidden in zip(calls, states, strict=True):
         check()
-        args, kwargs = _with_hidden(call, states.pop(0))
+        args, kwargs = _with_hidden(call, hidden)
         output = compute(args, kwargs)
         outputs.append(output if isinstance(output, Tensor) else output[0])
     return outputs

@@ -9,7 +9,7 @@ A *population* is all tensors that are merged by one method with the same option
 
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from esm_stream.methods import elementwise_method
 from esm_stream.methods.contract import Sums, Whole, add_to
@@ -17,7 +17,7 @@ from esm_stream.planning.plan import MethodChoice
 from esm_stream.stages.context import BASE, Context, TaskResult
 from esm_stream.stages.panels import Panels, sums_of
 from esm_stream.stopping import check
-from esm_stream.store.files import write_atomically
+from esm_stream.store.files import save_tensors
 
 
 def run(context: Context) -> TaskResult:
@@ -69,5 +69,5 @@ def _whole(context: Context, population: str, choice: MethodChoice) -> Whole:
 def _stored(context: Context, key: str, sums: Sums) -> TaskResult:
     path = context.directory.statistics(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(sums))
+    save_tensors(path, sums)
     return TaskResult([context.directory.record(path)])

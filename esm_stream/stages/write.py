@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esm_stream.budget import PANEL_BYTES
+from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Matrix, Part, Plan, TensorPlan
 from esm_stream.stages.context import BASE, Context, TaskResult, checkpoint_at
@@ -21,7 +22,7 @@ from esm_stream.stages.panels import Panels, facts_of_tensor
 from esm_stream.stages.scale import scale_of
 from esm_stream.stopping import check
 from esm_stream.store.work import Output
-from esm_stream.write.shards import PARTIAL_SUFFIX, ShardLayout, ShardWriter, plan_shards, seal
+from esm_stream.write.shards import PARTIAL_SUFFIX, ShardWriter, plan_shards, seal
 
 
 def layouts_of(plan: Plan) -> dict[str, ShardLayout]:

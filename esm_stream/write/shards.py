@@ -12,8 +12,7 @@ an error of the reservation and not a SIGBUS.
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypedDict
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict
 import xxhash
 
 from esm_stream.checkpoints.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from esm_stream.checkpoints.header import DTYPES, LENGTH_BYTES, METADATA_KEY, TensorInfo
+from esm_stream.checkpoints.header import DTYPES, TensorInfo
+from esm_stream.checkpoints.layout import FORMAT_METADATA, ShardLayout, TensorSpec, lay_out
 from esm_stream.errors import BudgetError, TaskError
 from esm_stream.store.files import fsync_path, write_atomically
 
@@ -30,36 +30,10 @@ if TYPE_CHECKING:
 
 OutputDType = Literal["base", "float32", "bfloat16", "float16"]
 PARTIAL_SUFFIX = ".partial"
-FORMAT_METADATA = {"format": "pt"}
 HASH_BYTES = 4 * 2**20
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WRITE_RANK = {code: rank for rank, code in enumerate(reversed(tuple(DTYPES)))}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor to be written, before it has a place."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """One output file: its header, and where in it each tensor goes."""
-
-    file_name: str
-    tensors: Mapping[str, TensorInfo]  # in the order of their bytes
-    metadata: Mapping[str, str]
-    header: bytes  # with its length: everything before the first tensor
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(info.nbytes for info in self.tensors.values())
 
 
 class SealedShard(TypedDict):
@@ -68,40 +42,6 @@ class SealedShard(TypedDict):
     file: str
     size: int
     tensors: dict[str, str]  # xxh3_128 in hexadecimal, by tensor name
-
-
-def lay_out(
-    file_name: str,
-    specs: Iterable[TensorSpec],
-    metadata: Mapping[str, str] = FORMAT_METADATA,
-) -> ShardLayout:
-    """Place tensors one after the other, in the order given, behind a header that says so."""
-    entries: dict[str, object] = {METADATA_KEY: dict(metadata)}
-    places: list[tuple[TensorSpec, int]] = []
-    offset = 0
-    for spec in specs:
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": spec.shape,
-            "data_offsets": (offset, offset + spec.nbytes),
-        }
-        places.append((spec, offset))
-        offset += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    # Spaces up to a multiple of 8, so that the data of all types starts aligned.
-    text += b" " * (-len(text) % 8)
-    start = LENGTH_BYTES + len(text)
-    return ShardLayout(
-        file_name=file_name,
-        tensors={
-            spec.name: TensorInfo(
-                spec.name, spec.dtype, spec.shape, start + offset, start + offset + spec.nbytes
-            )
-            for spec, offset in places
-        },
-        metadata=dict(metadata),
-        header=len(text).to_bytes(LENGTH_BYTES, "little") + text,
-    )
 
 
 def plan_shards(

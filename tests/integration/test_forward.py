@@ -52,7 +52,7 @@ def stream(plan: Plan) -> States:
         task = plan.tasks[event.task]
         path = plan.directory.hidden(task.expert, task.block + 1)
         if path.is_file():
-            states[task.expert, task.block + 1] = load_values(path)
+            states[task.expert, task.block + 1] = list(load_values(path))
 
     merge_here(plan, listen)
     return states

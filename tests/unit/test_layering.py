@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "mergekit": set(),
     "checkpoints": set(),
     "methods": {"subspace", "scaling"},
-    "store": {"methods", "subspace"},
+    "store": {"checkpoints", "methods", "subspace"},
     "write": {"checkpoints", "store"},
     "calibration": {"methods", "store", "manifest"},
     "manifest": {"budget", "checkpoints", "methods"},
     "planning": {
-        *("budget", "calibration", "checkpoints", "manifest", "methods", "store", "write"),
+        *("allocation", "budget", "calibration", "checkpoints", "manifest", "methods", "store"),
+        "write",
     },
     "report": {"checkpoints", "methods", "planning", "store"},
     "stages": {

@@ -20,15 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from esm_stream.checkpoints.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from esm_stream.checkpoints.header import DTYPES, read_header
+from esm_stream.checkpoints.layout import ShardLayout, TensorSpec, lay_out
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.errors import BudgetError, TaskError
 from esm_stream.store.files import write_atomically
 from esm_stream.write import shards
 from esm_stream.write.shards import (
-    ShardLayout,
     ShardWriter,
-    TensorSpec,
-    lay_out,
     plan_shards,
     reserve,
     seal,
