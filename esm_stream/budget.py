@@ -32,6 +32,8 @@ F64: Final = 8
 # Interpreter-side buffers of a task: Zarr chunks being encoded, JSON, allocator slack.
 TASK_OVERHEAD: Final = 32 * MIB
 PANEL_BYTES: Final = 16 * MIB
+# Pinned memory through which weights go to a GPU, twice (stages/transfer.py).
+STAGING_BYTES: Final = 32 * MIB
 # Numbers that a panel of all experts holds: float64 temporaries of it stay below LARGE_BYTES of
 # allocation.py, so that they are reused and stay in the processor's cache.
 STACK_NUMBERS: Final = 1 << 16

@@ -37,8 +37,14 @@ MEMORY: Final = "MEMORY"
 SCHEDULERS: Final = ("local", "sync", "threads")
 
 
-def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001 - edges of the graph
+def run_task(plan_path: str, key: str, *after: object, following: str = "") -> float:  # noqa: ARG001
     """Run one task and write its marker; the function that Dask calls, in any process.
+
+    Args:
+        plan_path: The plan.
+        key: The task.
+        after: Edges of the graph.
+        following: The task that this process runs next, if that is known.
 
     Returns:
         Seconds it took.
@@ -55,7 +61,7 @@ def run_task(plan_path: str, key: str, *after: object) -> float:  # noqa: ARG001
     task = plan.tasks[key]
     started = time.perf_counter()
     try:
-        with _threads_of(plan), task_context(plan, task) as context:
+        with _threads_of(plan), task_context(plan, task, plan.tasks.get(following)) as context:
             result = _body(task.stage)(context)
             read = context.bytes_read
             result.values["bytes_read"] = sum(read.values())
@@ -135,8 +141,8 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
         return
     path = str(plan.directory.plan)
     if scheduler == "sync" or (scheduler == "local" and parallel == 1):
-        for key in keys:
-            report(key, run_task(path, key))
+        for key, following in zip(keys, [*keys[1:], ""], strict=True):
+            report(key, run_task(path, key, following=following))
         return
     chosen = set(keys)
     # Nodes of two runs on one cluster must not be taken for each other.

@@ -302,7 +302,7 @@ class TaskBuilder:
         matrices: Sequence[Matrix],
         states: Sequence[str],
     ) -> int:
-        """Block (if converted), hidden states, all moments, one matrix being factored.
+        """Block (if converted or copied), hidden states, moments, one matrix being factored.
 
         Of the whole forward (resident) the largest block counts, and all passes wait with a state.
         """
@@ -313,9 +313,14 @@ class TaskBuilder:
             groups.setdefault(m.observed_in, []).append(m)
         moments = {where: self._moments_bytes(group) for where, group in groups.items()}
         kept = moments.pop(OUTSIDE, 0) if whole else 0
-        casts = [self._cast_bytes(checkpoint, tensors)]
+        blocks = [tensors]
         if whole:
-            casts = [self._cast_bytes(checkpoint, self._tensors_of_block(b)) for b in self._steps]
+            blocks = [self._tensors_of_block(block) for block in self._steps]
+        weights = [
+            self._cast_bytes(checkpoint, names)
+            + self._transfer_bytes(checkpoint, names, groups.get(block, matrices))
+            for block, names in zip(self._steps if whole else ("",), blocks, strict=True)
+        ]
         largest = max((s.state_bytes for s in self._forward.steps), default=0)
         widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
         activations = self._micro_batch_tokens() * widest * budget.F32 * ACTIVATION_BUFFERS
@@ -324,7 +329,7 @@ class TaskBuilder:
         )
         return (
             budget.TASK_OVERHEAD
-            + max(casts, default=0)
+            + max(weights, default=0)
             + self._cast_bytes(checkpoint, self._converted(checkpoint, outside))
             + max(3, len(states) + 2) * largest
             + kept
@@ -642,11 +647,24 @@ class TaskBuilder:
         thin = m.rank * (m.outputs + m.inputs) * budget.F32
         return thin + min(m.outputs, m.inputs) * budget.F64
 
+    def _transfer_bytes(
+        self, checkpoint: Checkpoint, names: Sequence[str], matrices: Sequence[Matrix]
+    ) -> int:
+        """Two blocks of expert and base on a GPU, and their way there; on a CPU they are in place.
+
+        The host's and the device's memory are one budget.
+        """
+        if self._opened.manifest.run.device == "cpu" or not names:
+            return 0
+        parts = _tensors_of(matrices)
+        own = dict.fromkeys([*names, *parts])
+        both = _sizes(checkpoint, own) + _sizes(self._opened.base, parts)
+        return 2 * (both + budget.STAGING_BYTES)
+
     def _cast_bytes(self, checkpoint: Checkpoint, names: Iterable[str]) -> int:
-        """Copies made of tensors that are not stored in the forward's dtype, or not on the CPU."""
-        on_cpu = self._opened.manifest.run.device == "cpu"
+        """Copies made of tensors that are not stored in the forward's dtype."""
         size = {"float32": 4, "float64": 8}.get(self._opened.dtype, 2)
-        copied = self._converted(checkpoint, names) if on_cpu else names
+        copied = self._converted(checkpoint, names)
         return sum(checkpoint.tensors[n].numel * size for n in copied)
 
     def _converted(self, checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What every stage needs (plan, checkpoints, store, device), and what a task returns."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,15 +33,17 @@ class TaskResult:
 class Context:
     """One task's view of the merge; readers are opened when asked for and closed with it."""
 
-    def __init__(self, plan: Plan, task: Task, stack: ExitStack) -> None:
+    def __init__(self, plan: Plan, task: Task, following: Task | None, stack: ExitStack) -> None:
         self.plan = plan
         self.task = task
+        self.following = following
         self.directory: WorkDirectory = plan.directory
         self.store = FactorStore(self.directory.factors)
         self.device = torch.device(plan.manifest["run"]["device"])
         self._stack = stack
         self._readers: dict[str, TensorReader] = {}
         self._views: dict[tuple[str, str], Tensor] = {}
+        self._held: tuple[tuple[str, str], ...] = ()
         self._ranges: dict[tuple[str, str, int, int], Tensor] = {}
 
     def reader(self, name: str) -> TensorReader:
@@ -56,6 +58,15 @@ class Context:
         if (model, name) not in self._views:
             self._views[model, name] = self.reader(model).tensor(name)
         return self._views[model, name]
+
+    def hold(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+        """Answer with these from now on, by model and name, instead of those held before."""
+        for key in self._held:
+            self._views.pop(key, None)
+        for (model, _), tensor in tensors.items():
+            self.reader(model).bytes_read += tensor.nbytes
+        self._views |= tensors
+        self._held = tuple(tensors)
 
     def drop_pages(self) -> None:
         """Let pages of the files read so far leave this process; tensors stay valid."""
@@ -116,10 +127,16 @@ class Context:
 
 
 @contextmanager
-def task_context(plan: Plan, task: Task) -> Iterator[Context]:
-    """A context for one task; files are unmapped on every way out."""
+def task_context(plan: Plan, task: Task, following: Task | None = None) -> Iterator[Context]:
+    """A context for one task; files are unmapped on every way out.
+
+    Args:
+        plan: The plan.
+        task: The task.
+        following: The one that this process runs next, if that is known.
+    """
     with ExitStack() as stack:
-        yield Context(plan, task, stack)
+        yield Context(plan, task, following, stack)
 
 
 def require_finite(difference: Tensor, tensor: str, expert: str, base: Tensor) -> None:

@@ -18,6 +18,7 @@ from esm_stream.calibration.skeleton import (
 )
 from esm_stream.planning.plan import ForwardPlan
 from esm_stream.stages.context import Context, blame, is_finite
+from esm_stream.stages.transfer import Block
 
 
 class Expert:
@@ -50,8 +51,12 @@ class Expert:
         """Model inputs in the forward's dtype."""
         return {k: v.to(self._dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
+    def weights(self, block: str) -> Block:
+        """The block, to be brought to the device."""
+        return Block(self._context.task.expert, block, self._skeleton.tensors_of(block))
+
     def block(self, name: str, model: PreTrainedModel | None = None) -> nn.Module:
-        """A block with the expert's weights: in place on the CPU, copied to a GPU.
+        """A block with the expert's weights: in place on the CPU, where `bring` put them on a GPU.
 
         Args:
             name: Full name of the block.

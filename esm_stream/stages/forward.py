@@ -33,7 +33,8 @@ from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.calibration.suspended import Request, SuspendedPass
 from esm_stream.calibration.trace import stand_in
 from esm_stream.errors import UnsupportedModelError
-from esm_stream.planning.plan import ALL
+from esm_stream.planning.plan import ALL, Plan, Task
+from esm_stream.stages import transfer
 from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stages.expert import Expert
 from esm_stream.stages.observation import Observation
@@ -45,14 +46,24 @@ Compute = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 def run(context: Context) -> TaskResult:
     """Run the part of one expert's forward that the task is about, and factor its matrices."""
-    task, result = context.task, TaskResult()
-    if task.subject == ALL:
-        _run_all(context, result)
-    elif task.subject == OUTSIDE:
-        _run_outside(context, result)
-    else:
-        _run_block(context, result)
+    task, following, result = context.task, context.following, TaskResult()
+    try:
+        if task.subject == ALL:
+            _run_all(context, result)
+        elif task.subject == OUTSIDE:
+            _run_outside(context, result)
+        else:
+            _run_block(context, result)
+    except BaseException:
+        transfer.release()
+        raise
+    if following is None or not _is_block(following):
+        transfer.release()
     return result
+
+
+def _is_block(task: Task) -> bool:
+    return task.stage == "forward" and task.block >= 0
 
 
 def _observation(context: Context, where: str) -> Observation:
@@ -67,9 +78,12 @@ def _observation(context: Context, where: str) -> Observation:
 
 
 def _run_block(context: Context, result: TaskResult) -> None:
-    task, directory = context.task, context.directory
+    plan, task, directory = context.plan, context.task, context.directory
+    following = context.following
     expert = Expert(context)
     step = expert.forward.steps[task.block]
+    ahead = _block(plan, following) if following and _is_block(following) else None
+    transfer.bring(context, _block(plan, task), ahead)
     observation = _observation(context, step.block)
     block = expert.block(step.block)
     compute = partial(expert.compute, step.block, block)
@@ -79,13 +93,18 @@ def _run_block(context: Context, result: TaskResult) -> None:
         else:
             outputs = _in_replay(context, expert, compute)
     del block, compute
-    if context.plan.readers_of_state[task.key]:
+    if plan.readers_of_state[task.key]:
         path = directory.hidden(task.expert, task.block + 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_values(path, outputs)
         result.outputs.append(directory.record(path, transient=True))
     del outputs
     observation.factor(result)
+
+
+def _block(plan: Plan, task: Task) -> transfer.Block:
+    assert plan.forward is not None
+    return transfer.Block(task.expert, plan.forward.steps[task.block].block, task.reads)
 
 
 def _in_chain(context: Context, compute: Compute) -> list[Any]:
@@ -205,6 +224,8 @@ def _run_in_step(
     while any(one.request for one in passes):
         number = min(one.request.number for one in passes if one.request)
         step = steps[number]
+        ahead = expert.weights(steps[number + 1].block) if number + 1 < len(steps) else None
+        transfer.bring(context, expert.weights(step.block), ahead)
         if number not in open_:
             if done[number]:
                 raise UnsupportedModelError(
