@@ -29,6 +29,7 @@ from esm_stream.planning.plan import (
     load_plan,
 )
 from esm_stream.schedule import require_scheduler, run_task, run_tasks
+from esm_stream.stages import sums
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
 from esm_stream.stages.write import layouts_of
@@ -184,6 +185,7 @@ def remaining(plan: Plan) -> set[str]:
             marker is not None
             and marker.fingerprint == plan.tasks[key].fingerprint
             and directory.persistent_outputs_exist(marker)
+            and sums.complete(plan, plan.tasks[key])
         )
 
     def has_transients(key: str) -> bool:
@@ -378,7 +380,7 @@ def _lay_out(plan: Plan, todo: set[str]) -> None:
     store = FactorStore(plan.directory.factors)
     if stages & {"forward", "merge"}:
         for matrix in plan.matrices.values():
-            if matrix.moment:
+            if matrix.moment and not matrix.summed:
                 store.create(
                     matrix.name, len(plan.experts), matrix.outputs, matrix.inputs, matrix.rank
                 )

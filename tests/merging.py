@@ -10,9 +10,12 @@ from torch import Tensor
 from esm_stream.methods import create, is_factor_method
 from esm_stream.methods.contract import (
     ElementwiseMethod,
+    Merged,
     Moment,
     Panel,
+    Place,
     SpectralMethod,
+    SumMethod,
     Sums,
     Whole,
 )
@@ -61,11 +64,31 @@ def merge(
     size = (shape[0], shape[1])
     if isinstance(made, SpectralMethod):
         return made.merge(Streamed(updates, weights), size).update_OI
-    assert is_factor_method(made)
+    assert is_factor_method(made) or isinstance(made, SumMethod)
     seen = moments if moments and made.uses_moments else [None] * len(updates)
     weighed = [d.clone().mul_(w) for d, w in zip(updates, weights, strict=True)]
+    if isinstance(made, SumMethod):
+        return merge_sums(made, weighed, seen).update_OI
     factors = [made.factor(d, m, len(updates)) for d, m in zip(weighed, seen, strict=True)]
     return made.combine(factors, size).update_OI
+
+
+def merge_sums(
+    method: SumMethod, updates: Sequence[Tensor], moments: Sequence[Moment | None]
+) -> Merged:
+    """Merged update of one matrix, its sums in float64 and in memory."""
+    shape = (updates[0].shape[0], updates[0].shape[1])
+    places = method.places(shape)
+    sums: dict[Place, Tensor] = {}
+    for update, moment in zip(updates, moments, strict=True):
+        for place, panel in zip(places, method.term(update, moment), strict=False):
+            sums[place] = sums[place] + panel if place in sums else panel.clone()
+
+    def read(place: Place) -> Tensor:
+        zero = updates[0].new_zeros(place.stop - place.start, place.columns, dtype=torch.float64)
+        return sums.get(place, zero).clone()
+
+    return method.solve(read, shape)
 
 
 def merge_all(

@@ -12,7 +12,7 @@ from esm_stream.methods.average import Average
 from esm_stream.methods.breadcrumbs import Breadcrumbs
 from esm_stream.methods.cart import Cart
 from esm_stream.methods.consensus_ta import ConsensusTa
-from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod
+from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod, SumMethod
 from esm_stream.methods.core_space import CoreSpace
 from esm_stream.methods.dare import Dare
 from esm_stream.methods.dc_merge import DcMerge
@@ -27,6 +27,7 @@ from esm_stream.methods.linear import Linear
 from esm_stream.methods.model_stock import ModelStock
 from esm_stream.methods.multislerp import Multislerp
 from esm_stream.methods.nuslerp import Nuslerp
+from esm_stream.methods.owl import Owl
 from esm_stream.methods.ram import Ram
 from esm_stream.methods.regmean import RegMean
 from esm_stream.methods.sce import Sce
@@ -46,7 +47,12 @@ if TYPE_CHECKING:
     from esm_stream.methods.profiles import Modality
 
 MethodClass = (
-    type[ElementwiseMethod] | type[SpectralMethod] | type[Esm] | type[RegMean] | type[TsvM]
+    type[ElementwiseMethod]
+    | type[SpectralMethod]
+    | type[SumMethod]
+    | type[Esm]
+    | type[RegMean]
+    | type[TsvM]
 )
 METHODS: dict[str, MethodClass] = {
     method.name: method
@@ -69,6 +75,7 @@ METHODS: dict[str, MethodClass] = {
         ModelStock,
         Multislerp,
         Nuslerp,
+        Owl,
         Ram,
         RegMean,
         Sce,
@@ -149,12 +156,12 @@ def is_factor_method(method: AnyMethod) -> TypeGuard[FactorMethod]:
 
 def merges_matrices(method: AnyMethod) -> bool:
     """Whether a method merges one matrix at a time, and nothing else."""
-    return is_factor_method(method) or isinstance(method, SpectralMethod)
+    return is_factor_method(method) or isinstance(method, SpectralMethod | SumMethod)
 
 
 def uses_moments(method: AnyMethod) -> bool:
     """Whether a method looks at what the experts' layers see."""
-    return is_factor_method(method) and method.uses_moments
+    return (is_factor_method(method) or isinstance(method, SumMethod)) and method.uses_moments
 
 
 def method_of(choice: Choice) -> AnyMethod:

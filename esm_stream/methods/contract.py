@@ -1,13 +1,16 @@
 """What the engine and a merging method promise each other.
 
 The engine decides order, panels, files and devices; a method is pure functions over tensors.
-Three kinds exist.
+Four kinds exist.
 
 An *elementwise* method sees panels: the same elements of the base and of all experts' updates.
 Before it merges it may sweep over the tensor, or over all tensors it merges, to sum statistics.
 Panels hold a fixed number of numbers, so memory depends neither on tensors nor on experts.
 
 A *spectral* method sees one matrix at a time and streams the experts' updates as often as it wants.
+
+A *sum* method needs nothing of the experts but sums over them: each update is visited once, in any
+order, and memory depends on no number of experts. The sums are kept, and experts added to them.
 
 A *factor* method reduces each expert's update of one matrix to two thin factors on its own, which
 is what the forward pass needs, and later combines the factors of all experts.
@@ -16,7 +19,7 @@ Letters: T experts, N elements of a panel, O output features, I input features, 
 expert.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -107,7 +110,7 @@ def add_to(sums: Sums, key: str, value: Tensor) -> None:
 
 
 class Method:
-    """What every method has; `default_alpha` stands where the manifest gives no alpha."""
+    """What every method has; `default_alpha` is `alpha_for` all models and numbers of experts."""
 
     name: ClassVar[str]
     Options: ClassVar[type[MethodOptions]]
@@ -117,6 +120,11 @@ class Method:
 
     def __init__(self, options: Any) -> None:  # noqa: ANN401 - a model of the method's own
         self.options = options
+
+    @classmethod
+    def alpha_for(cls, modality: Modality, num_experts: int) -> float:  # noqa: ARG003
+        """What stands where the manifest gives no alpha."""
+        return cls.default_alpha
 
     @classmethod
     def create(cls, options: MethodOptions, modality: Modality) -> Self:  # noqa: ARG003
@@ -225,6 +233,54 @@ class Merged:
     diagnostics: Diagnostics = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a panel lies in a sum: rows start..stop and the first `columns` of the sum `name`."""
+
+    name: str
+    start: int
+    stop: int
+    columns: int
+
+
+SumReader = Callable[[Place], Tensor]
+
+
+class SumMethod(Method):
+    """Merges one matrix at a time from sums over the experts.
+
+    `blocks_only`: matrices outside the blocks are averaged. `uses_moments`: terms are made of the
+    moments of inputs besides the updates.
+    """
+
+    blocks_only: ClassVar[bool] = True
+    uses_moments: bool = False
+
+    def identity(self, step: Literal["term", "solve"]) -> Mapping[str, object]:
+        """Options that decide the numbers of one expert's terms, or those of the result."""
+        raise NotImplementedError
+
+    def places(self, shape: tuple[int, int]) -> tuple[Place, ...]:
+        """The panels that the sums of a matrix of shape (O, I) consist of."""
+        raise NotImplementedError
+
+    def term(self, update_OI: Tensor, moment: Moment | None) -> Iterator[Tensor]:
+        """What one expert adds to the sums, float64, one panel for each place; none for a zero."""
+        raise NotImplementedError
+
+    def solve(self, sums: SumReader, shape: tuple[int, int]) -> Merged:
+        """Merged update from the sums, whose panels are read in float64 when asked for."""
+        raise NotImplementedError
+
+    def term_numbers(self, shape: tuple[int, int]) -> int:
+        """Upper bound of the float64 numbers that `term` holds beside the moment."""
+        raise NotImplementedError
+
+    def solve_numbers(self, shape: tuple[int, int]) -> int:
+        """Upper bound of the float64 numbers that `solve` holds, its result included."""
+        raise NotImplementedError
+
+
 class FactorMethod(Protocol):
     """Merges one matrix at a time from thin factors of every expert's update.
 
@@ -258,4 +314,4 @@ class FactorMethod(Protocol):
         """
 
 
-AnyMethod = ElementwiseMethod | SpectralMethod | FactorMethod
+AnyMethod = ElementwiseMethod | SpectralMethod | SumMethod | FactorMethod

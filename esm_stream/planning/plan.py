@@ -81,7 +81,8 @@ class Matrix:
     needed, None for methods that need no data; `observed_in` is the block that it belongs to, or
     OUTSIDE, and `also` names what else is looked at, for a matrix that several blocks share.
     `routed`: of experts of a mixture, which may see too few tokens, how many inputs they get
-    together for one token; 0 for other matrices. `scaled`: layer scaling applies.
+    together for one token; 0 for other matrices. `scaled`: layer scaling applies. `summed`: merged
+    from sums over the experts, not from factors of each.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Matrix:
     also: tuple[str, ...] = ()
     observed_in: str = OUTSIDE
     routed: float = 0.0
+    summed: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -228,6 +230,16 @@ class Plan:
         for task in self.tasks.values():
             for key in task.states:
                 found[key].append(task.key)
+        return found
+
+    @cached_property
+    def sums_filled_by(self) -> dict[str, list[Matrix]]:
+        """Matrices whose sums a forward task adds to, by the task's key."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices.values():
+            if matrix.summed and matrix.moment:
+                for expert in self.experts:
+                    found.setdefault(forward_key(self, expert, matrix), []).append(matrix)
         return found
 
     @cached_property

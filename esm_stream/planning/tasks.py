@@ -9,6 +9,7 @@ cache) and the merges of that block; scales; writes; seals; finish.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
-from esm_stream.methods.contract import SpectralMethod
+from esm_stream.methods.contract import SpectralMethod, SumMethod
 from esm_stream.methods.regmean import RegMean
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import (
@@ -245,7 +246,10 @@ class TaskBuilder:
             depends=tuple(dict.fromkeys(depends)),
             identity=[
                 self._forward,
-                list(self._opened.experts).index(expert),
+                # What is summed up goes by names; factors have their place in arrays of all.
+                expert
+                if all(m.summed for m in matrices)
+                else list(self._opened.experts).index(expert),
                 checkpoint.config,
                 identity,
                 [checkpoint.identity(name) for name in own],
@@ -254,7 +258,7 @@ class TaskBuilder:
                 [_method_identity(m, "factor", self._num_experts) for m in matrices],
             ],
             reads=tuple(own),
-            writes=tuple(f"factors.zarr/{m.name}" for m in matrices),
+            writes=tuple(f"{'sums' if m.summed else 'factors.zarr'}/{m.name}" for m in matrices),
             read_bytes=_sizes(checkpoint, [*own, *self._converted(checkpoint, used)])
             + sum(_part_bytes(base, m) for m in matrices),
             write_bytes=arrays + hidden_bytes,
@@ -292,6 +296,8 @@ class TaskBuilder:
     def _moment_flops(self, m: Matrix) -> float:
         tokens, side = self._hidden_tokens(), m.inputs if m.moment == "input" else m.outputs
         shift = 2.0 * tokens * m.outputs * m.inputs if m.moment == "shift" else 0.0
+        if m.summed:
+            return 2.0 * tokens * side * side + _term_flops(m)
         return shift + 2.0 * tokens * side * side + budget.basis_flops(m.outputs, m.inputs, m.rank)
 
     def _forward_peak(
@@ -324,9 +330,7 @@ class TaskBuilder:
         largest = max((s.state_bytes for s in self._forward.steps), default=0)
         widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
         activations = self._micro_batch_tokens() * widest * budget.F32 * ACTIVATION_BUFFERS
-        factoring = max(
-            (budget.basis_bytes(m.outputs, m.inputs, m.rank) for m in matrices), default=0
-        )
+        factoring = max((self._factoring_bytes(m) for m in matrices), default=0)
         return (
             budget.TASK_OVERHEAD
             + max(weights, default=0)
@@ -336,6 +340,13 @@ class TaskBuilder:
             + max(moments.values(), default=0)
             + max(activations, factoring)
         )
+
+    def _factoring_bytes(self, m: Matrix) -> int:
+        """Peak of what is made of one moment and update: factors, or a term of sums."""
+        method = method_of(m.method)
+        if isinstance(method, SumMethod):
+            return _term_bytes(method, m)
+        return budget.basis_bytes(m.outputs, m.inputs, m.rank)
 
     def _moments_bytes(self, matrices: Sequence[Matrix]) -> int:
         """Moments of matrices that are observed together.
@@ -449,12 +460,18 @@ class TaskBuilder:
     def _merge(self, m: Matrix) -> Task:
         names = _tensors_of([m])
         update = m.outputs * m.inputs * budget.F32
+        sums = _sums_bytes(m) if m.summed and not m.moment else 0
         columns = m.rank * self._num_experts
         method = method_of(m.method)
         stacks = is_factor_method(method) and method.forms_stacks
         combine = budget.combine_bytes(m.outputs, m.inputs, columns, forms_stacks=stacks)
         if isinstance(method, RegMean):
             combine = method.combine_numbers((m.outputs, m.inputs)) * budget.F64
+        solving = budget.combine_flops(m.outputs, m.inputs, columns)
+        if isinstance(method, SumMethod):
+            combine = method.solve_numbers((m.outputs, m.inputs)) * budget.F64
+            solving = budget.eigh_flops(m.outputs) + 4.0 * m.outputs**2 * m.inputs
+            solving += m.inputs**3 / 3 + 2.0 * m.outputs * m.inputs**2
         if m.moment:
             assert self._forward is not None
             forward = self._forward
@@ -474,6 +491,9 @@ class TaskBuilder:
                 shape = (m.outputs, m.inputs)
                 peak = method.peak_numbers(shape, self._num_experts) * budget.F64
                 flops = method.decompositions(self._num_experts) * budget.svd_flops(*shape)
+            if isinstance(method, SumMethod):
+                peak = max(combine, _term_bytes(method, m))
+                flops = self._num_experts * _term_flops(m)
             identity = [
                 [c.identity(n) for c in everyone for n in names],
                 _method_identity(m, "factor", self._num_experts),
@@ -495,9 +515,9 @@ class TaskBuilder:
             reads=() if m.moment else tuple(names),
             writes=(f"factors.zarr/{m.name}/update",),
             read_bytes=read,
-            write_bytes=update,
-            kept_bytes=update,
-            flops=flops + budget.combine_flops(m.outputs, m.inputs, columns),
+            write_bytes=update + sums,
+            kept_bytes=update + sums,
+            flops=flops + solving,
             peak_bytes=budget.TASK_OVERHEAD + peak,
             subject=m.name,
         )
@@ -644,6 +664,8 @@ class TaskBuilder:
 
     def _factor_bytes(self, m: Matrix) -> int:
         """Stored factors of one expert."""
+        if m.summed:
+            return math.ceil(_sums_bytes(m) / self._num_experts)
         thin = m.rank * (m.outputs + m.inputs) * budget.F32
         return thin + min(m.outputs, m.inputs) * budget.F64
 
@@ -685,8 +707,30 @@ def _buffers_outside(opened: Opened, blocks: Sequence[str]) -> list[str]:
 def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts: int) -> object:
     """What of a method's options decides its factors or their combination."""
     method = method_of(m.method)
+    if isinstance(method, SumMethod):
+        return [m.method.name, method.identity("term" if stage == "factor" else "solve")]
     options = method.identity(stage) if is_factor_method(method) else m.method.options
     return [m.method.name, num_experts, options]
+
+
+def _sums_bytes(m: Matrix) -> int:
+    """Sums of one matrix on disk, two numbers of 8 bytes for each element."""
+    method = method_of(m.method)
+    assert isinstance(method, SumMethod)
+    places = method.places((m.outputs, m.inputs))
+    return sum((p.stop - p.start) * p.columns for p in places) * 2 * budget.F64
+
+
+def _term_bytes(method: SumMethod, m: Matrix) -> int:
+    """Peak of one expert's term being made and added to the sums on disk."""
+    panels = [(p.stop - p.start) * p.columns for p in method.places((m.outputs, m.inputs))]
+    return (method.term_numbers((m.outputs, m.inputs)) + 8 * max(panels)) * budget.F64
+
+
+def _term_flops(m: Matrix) -> float:
+    """Operations of one expert's term: D^T D, D B and D D^T."""
+    products = 1.0 * m.inputs + 2.0 * (m.inputs if m.moment else min(m.outputs, m.inputs))
+    return m.outputs * m.inputs * (products + m.outputs)
 
 
 def check_budget(tasks: Mapping[str, Task], memory: int) -> None:

@@ -34,7 +34,7 @@ from esm_stream.methods import (
     method_class,
     uses_moments,
 )
-from esm_stream.methods.contract import AnyMethod, ElementwiseMethod
+from esm_stream.methods.contract import AnyMethod, ElementwiseMethod, Method, SumMethod
 from esm_stream.methods.esm import Esm
 from esm_stream.methods.profiles import Profile, default_alpha
 from esm_stream.planning.opening import Opened
@@ -125,7 +125,10 @@ class Treatments:
         if not isinstance(alpha, str):
             return _number(interpolated(alpha, self._depths.of(name)))
         if self.profile is None:
-            return getattr(method_class(self._merge.method), "default_alpha", 1.0)
+            method = method_class(self._merge.method)
+            if issubclass(method, Method):
+                return method.alpha_for(self.opened.modality, self._num_experts)
+            return 1.0
         return default_alpha(self.opened.modality, self._num_experts, self.profile.factor)
 
     def _decide(self) -> None:
@@ -399,12 +402,14 @@ class Treatments:
         method = self._method(choice.method)
         name = first.name if len(pieces) == 1 else fused_name(piece.name for piece in pieces)
         moment = leader = None
-        if is_factor_method(method) and method.uses_moments:
+        summed = isinstance(method, SumMethod)
+        if uses_moments(method):
             assert first.seen is not None
             leader = first.seen.leader
             # Routed inputs are few, and their updates many: what is kept are the inputs.
             shared = bool(first.seen.routed) or (first.seen.shared and len(pieces) == 1)
-            by_inputs = shared or method.needs_inputs or first.inputs <= outputs
+            needed = summed or (is_factor_method(method) and method.needs_inputs)
+            by_inputs = shared or needed or first.inputs <= outputs
             moment = "input" if by_inputs else "shift"
         return Matrix(
             name=name,
@@ -429,6 +434,7 @@ class Treatments:
             also=first.seen.also if first.seen else (),
             observed_in=first.seen.block if first.seen else OUTSIDE,
             routed=first.seen.routed if first.seen else 0.0,
+            summed=summed,
         )
 
 

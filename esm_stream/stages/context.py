@@ -41,6 +41,7 @@ class Context:
         self.store = FactorStore(self.directory.factors)
         self.device = torch.device(plan.manifest["run"]["device"])
         self._stack = stack
+        self._roots = {BASE: plan.base, **plan.experts}
         self._readers: dict[str, TensorReader] = {}
         self._views: dict[tuple[str, str], Tensor] = {}
         self._held: tuple[tuple[str, str], ...] = ()
@@ -49,9 +50,13 @@ class Context:
     def reader(self, name: str) -> TensorReader:
         """Reader of an expert, or of the base (name BASE)."""
         if name not in self._readers:
-            root = self.plan.base if name == BASE else self.plan.experts[name]
-            self._readers[name] = self._stack.enter_context(TensorReader(checkpoint_at(root)))
+            reader = TensorReader(checkpoint_at(self._roots[name]))
+            self._readers[name] = self._stack.enter_context(reader)
         return self._readers[name]
+
+    def add_model(self, name: str, root: Path) -> None:
+        """Let a model be read that the plan does not name."""
+        self._roots[name] = root
 
     def tensor(self, model: str, name: str) -> Tensor:
         """A whole tensor in place (a view of the file); asked for twice, it is read once."""

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from esm_stream.methods import is_factor_method, method_of
-from esm_stream.methods.contract import FactorMethod, Factors, Merged, SpectralMethod
+from esm_stream.methods.contract import (
+    FactorMethod,
+    Factors,
+    Merged,
+    SpectralMethod,
+    SumMethod,
+)
 from esm_stream.planning.plan import Matrix, forward_key
+from esm_stream.stages import sums
 from esm_stream.stages.context import Context, TaskResult
 from esm_stream.stopping import check
 from esm_stream.subspace.basis import frobenius_norm
@@ -37,6 +44,8 @@ def _merged(context: Context, matrix: Matrix) -> Merged:
     method, shape = method_of(matrix.method), (matrix.outputs, matrix.inputs)
     if isinstance(method, SpectralMethod):
         return method.merge(_Updates(context, matrix), shape)
+    if isinstance(method, SumMethod):
+        return sums.merged(context, matrix)
     assert is_factor_method(method)
     found = _stored(context, matrix) if matrix.moment else _factored(context, matrix, method)
     return method.combine(found if method.streams else list(found), shape)

@@ -14,6 +14,7 @@ from esm_stream.calibration.moments import InputMoment, ShiftMoment
 from esm_stream.methods import factor_method
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Matrix
+from esm_stream.stages import sums
 from esm_stream.stages.context import BASE, Context, TaskResult
 from esm_stream.stopping import check
 from esm_stream.subspace.basis import frobenius_norm
@@ -65,6 +66,13 @@ def factor(
 ) -> dict[str, float | int]:
     """Factor one expert's update of one matrix and store it; returns its norm, rank, tokens."""
     plan, expert = context.plan, context.task.expert
+    if matrix.summed:
+        return {
+            **sums.add_observed(context, matrix, moment),
+            "base_norm": _base_norm(context, matrix),
+            "tokens": moment.tokens,
+            "too_few": int(moment.tokens == 0),
+        }
     method = factor_method(matrix.method)
     # Too little was seen of it: no moment at all takes the basis from the update alone.
     few = moment.tokens == 0 or (bool(matrix.routed) and moment.tokens < matrix.rank)

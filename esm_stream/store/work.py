@@ -18,7 +18,7 @@ import xxhash
 from esm_stream.store.files import fsync_path, write_atomically
 
 SCHEMA: Final = 1
-OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "statistics", "done")
+OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "sums", "statistics", "done")
 OWN_NAMES: Final = {"lock", "plan.json", "plan.json.tmp", "events.jsonl", *OWN_FOLDERS}
 _SAFE: Final = "{},*=+@"
 _HASH_BYTES: Final = 4 << 20
@@ -72,6 +72,11 @@ class WorkDirectory:
     def factors(self) -> Path:
         """The Zarr group of factors and merged updates."""
         return self.root / "factors.zarr"
+
+    @property
+    def sums(self) -> Path:
+        """Sums over experts, by matrix."""
+        return self.root / "sums"
 
     def inputs(self, expert: str) -> Path:
         """Model inputs of one expert."""

@@ -71,6 +71,13 @@ def merge_matrix_robust(dWs: Sequence[np.ndarray], Xs: Sequence[np.ndarray]) -> 
     return _merge_target({"profile": "vit-official"}, dWs, Xs)
 
 
+def merge_owl(
+    dWs: Sequence[np.ndarray], Xs: Sequence[np.ndarray], options: Mapping[str, object]
+) -> np.ndarray:
+    updates = [torch.from_numpy(dW) for dW in dWs]
+    return merge("owl", updates, options=options, moments=[_moment(X) for X in Xs]).numpy()
+
+
 def _merge_target(
     options: Mapping[str, object], updates: Sequence[np.ndarray], inputs: Iterable[np.ndarray]
 ) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from candidate import esd, merge_matrix_robust, merge_roberta, merge_vit
+from candidate import esd, merge_matrix_robust, merge_owl, merge_roberta, merge_vit
 from safetensors import safe_open
 
 REPOSITORY = Path(__file__).parents[2]
@@ -144,3 +144,31 @@ def test_missing_directions_are_treated_as_specified(path: Path) -> None:
             [tensors[f"{task}/dW"] for task in tasks], [tensors[f"{task}/X"] for task in tasks]
         )
         assert distance(found, tensors[case + suffix]) <= 1e-5, case
+
+
+OWL_SETTINGS: dict[str, dict[str, object]] = {
+    "default": {},
+    "datafree": {"inputs": "none"},
+    "p0": {"p": 0.0},
+    "m.7p.3": {"m": 0.7, "p": 0.3},
+}
+
+
+@pytest.mark.parametrize("path", files("owl*.safetensors"), ids=name)
+def test_owl_gives_the_reference_of_its_definition(path: Path) -> None:
+    tensors, _ = load(path)
+    cases = sorted({key.split("/")[0] for key in tensors})
+    assert cases
+    for case in cases:
+        of_case = under(tensors, f"{case}/")
+        count = sum(key.startswith("dW") for key in of_case)
+        updates = [of_case[f"dW{t}"] for t in range(count)]
+        inputs = [of_case[f"X{t}"] for t in range(count)]
+        settings = sorted(key.removesuffix("/M") for key in of_case if key.endswith("/M"))
+        assert settings
+        for setting in settings:
+            options = OWL_SETTINGS[setting]
+            found = merge_owl(updates, inputs, options)
+            assert distance(found, of_case[f"{setting}/M"]) <= 1e-9, (case, setting)
+            fit = merge_owl(updates, inputs, {**options, "p": 0.0})
+            assert distance(fit, of_case[f"{setting}/R"]) <= 1e-9, (case, setting)

@@ -1,0 +1,239 @@
+"""OWL: output-whitened least squares, from sums over the experts (docs/methods/owl.md).
+
+From:  the engine, one expert's update and second moment of inputs at a time; later the sums.
+To:    the engine, the summands by panels of rows; later the merged update.
+Peak:  `term`: a square of the inputs, the update, some panels. `solve`: the update in float64 and
+       the larger of K with its panels and five squares of the outputs.
+
+Letters: O output features, I input features, M rows of a panel.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from esm_stream.methods.contract import (
+    About,
+    Diagnostics,
+    Merged,
+    MethodOptions,
+    Moment,
+    Place,
+    SumMethod,
+    SumReader,
+)
+from esm_stream.methods.profiles import Modality
+from esm_stream.methods.wudi import solve_ridge
+from esm_stream.subspace.basis import frobenius_norm
+from esm_stream.subspace.gram import fill_upper, gram, row_panels
+from esm_stream.subspace.sizes import TILE
+
+
+class OwlOptions(MethodOptions):
+    """Options of OWL."""
+
+    inputs: Literal["expert", "none"] = Field(
+        "expert",
+        description="Whose inputs show what a layer sees: those in each expert's own forward "
+        '("expert"), or nobody\'s ("none": no samples, m counts as 0).',
+    )
+    m: float = Field(
+        0.4, ge=0, le=1, description="Share of the inputs in the metric; the rest is D_t^T D_t."
+    )
+    mu: NonNegativeFloat = Field(
+        0.05, description="Ridge of the least squares fit, relative to the mean diagonal of K."
+    )
+    p: NonNegativeFloat = Field(
+        0.6, description="Power of the output whitening; 0 switches it off."
+    )
+    eps: PositiveFloat = Field(
+        1e-3, description="Added to the spectrum of L, relative to its mean, before whitening."
+    )
+
+
+class Owl(SumMethod):
+    """W = W0 + alpha * M, from three sums over the experts.
+
+    With e_t = |D_t|^2 and G_t the mean of x x^T over the inputs x that the layer sees:
+    B_t = (1 - m) D_t^T D_t + m (e_t / tr G_t) G_t,
+    N = sum of D_t B_t, K = sum of B_t, L = sum of D_t D_t^T / e_t,
+    R = N (K + mu tr(K) / I)^-1, the least squares fit of all updates in the inputs of each,
+    M = (L O / tr L + eps)^-p R, rescaled to |R|: output directions that experts share go down,
+    those of single experts up.
+
+    Experts without an update contribute nothing; for those that a layer saw no input of, m is 0.
+    Matrices of the blocks only; the rest is averaged.
+    """
+
+    name: ClassVar[str] = "owl"
+    Options = OwlOptions
+    about: ClassVar[About] = About(
+        summary="Least squares fit of all updates, with shared output directions turned down.",
+        source="esm-stream; relatives are named on its page",
+        data='samples (none with inputs = "none")',
+        passes='1, and a forward pass (none with inputs = "none")',
+        memory="one matrix and squares of its sides, whatever the number of experts",
+        when="the quality option: better and cheaper than ESM; experts that come and go",
+    )
+
+    def __init__(self, options: OwlOptions) -> None:
+        super().__init__(options)
+        self.uses_moments = options.inputs != "none"
+
+    @classmethod
+    def alpha_for(cls, modality: Modality, num_experts: int) -> float:
+        """Vision: 2.2 up to 8 experts, 1.8 for 14, 1.6 for 20; language: 1.75 (as measured)."""
+        if modality == "language":
+            return 1.75
+        return round(2.2 * float(min(1.0, 8 / num_experts) ** 0.35), 2)
+
+    def identity(self, step: Literal["term", "solve"]) -> dict[str, object]:
+        """Options that decide the numbers of one step."""
+        if step == "solve":
+            return self.options.model_dump(include={"mu", "p", "eps"})  # type: ignore[no-any-return]
+        return {"m": self.options.m} if self.uses_moments else {}
+
+    def places(self, shape: tuple[int, int]) -> tuple[Place, ...]:
+        """Of the symmetric sums the lower half, by panels that end at the diagonal."""
+        outputs, inputs = shape
+        return (
+            *(Place("K", start, stop, stop) for start, stop in _panels(inputs)),
+            *(Place("N", start, stop, inputs) for start, stop in _panels(outputs)),
+            *(Place("L", start, stop, stop) for start, stop in _panels(outputs)),
+        )
+
+    def term(self, update_OI: Tensor, moment: Moment | None) -> Iterator[Tensor]:
+        """B_t, D_t B_t and D_t D_t^T / e_t of one expert, float64, panel by panel."""
+        share = self.options.m if moment is not None else 0.0
+        return owl_term(update_OI, moment.matrix if moment and share else None, share)
+
+    def solve(self, sums: SumReader, shape: tuple[int, int]) -> Merged:
+        """Steps 3 and 4 of the definition, float64."""
+        fit_OI = self._fit(sums, shape)
+        diagnostics: Diagnostics = {}
+        if self.options.p:
+            sharing_OO = self._whole(sums, "L", shape[0], shape)
+            diagnostics = {"effective_outputs": _effective_rank(sharing_OO)}
+            fit_OI = whitened(fit_OI, sharing_OO, self.options.p, self.options.eps)
+        return Merged(fit_OI, diagnostics)
+
+    def _fit(self, sums: SumReader, shape: tuple[int, int]) -> Tensor:
+        """R = N (K + r I)^-1."""
+        target_OI = torch.cat([sums(place) for place in self.places(shape) if place.name == "N"])
+        return solve_ridge(target_OI, self._whole(sums, "K", shape[1], shape), self.options.mu)
+
+    def _whole(self, sums: SumReader, name: str, side: int, shape: tuple[int, int]) -> Tensor:
+        """A symmetric sum, float64, its lower half alone."""
+        whole_NN: Tensor | None = None
+        for place in self.places(shape):
+            if place.name == name:
+                panel_MN = sums(place)
+                if whole_NN is None:
+                    whole_NN = panel_MN.new_zeros(side, side)
+                whole_NN[place.start : place.stop, : place.columns] = panel_MN
+        assert whole_NN is not None
+        return whole_NN
+
+    def term_numbers(self, shape: tuple[int, int]) -> int:
+        """Upper bound of the float64 numbers that `term` holds beside the moment."""
+        outputs, inputs = shape
+        widest = TILE * max(outputs, inputs)
+        return outputs * inputs // 2 + inputs**2 + outputs**2 * (outputs < inputs) + 8 * widest
+
+    def solve_numbers(self, shape: tuple[int, int]) -> int:
+        """Upper bound of the float64 numbers that `solve` holds."""
+        outputs, inputs = shape
+        return max(5 * outputs * inputs + 4 * inputs**2, 3 * outputs * inputs + 6 * outputs**2)
+
+
+def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Iterator[Tensor]:
+    """Panels of one expert's B_t, D_t B_t and D_t D_t^T / e_t, in the order of `Owl.places`.
+
+    Args:
+        update_OI: Update D_t, any float dtype.
+        moment_II: Uncentred second moment G_t of the layer's inputs in any unit; None for m = 0.
+        share: m, the share of the inputs in the metric.
+
+    Returns:
+        Float64 panels of at most TILE rows, of K and L the lower half; nothing for a zero update.
+    """
+    outputs, inputs = update_OI.shape
+    energy = frobenius_norm(update_OI) ** 2
+    trace = 0.0 if moment_II is None else float(moment_II.trace())
+    if energy == 0:
+        return
+    metric_II = gram(row_panels(update_OI), inputs)
+    assert metric_II is not None
+    # D B = (D D^T) D where that is the shorter way.
+    product_OO = None
+    if moment_II is not None and trace > 0:
+        for start, stop in _panels(inputs):
+            part_MN = metric_II[start:stop, :stop].mul_(1 - share)
+            part_MN.add_(moment_II[start:stop, :stop], alpha=share * energy / trace)
+    elif outputs < inputs:
+        product_OO = torch.cat([_outer(update_OI, *rows, outputs) for rows in _panels(outputs)])
+    for start, stop in _panels(inputs):
+        yield metric_II[start:stop, :stop]
+    if product_OO is None:
+        fill_upper(metric_II)
+    for start, stop in _panels(outputs):
+        if product_OO is None:
+            yield update_OI[start:stop].double() @ metric_II
+        else:
+            yield _times(product_OO[start:stop], update_OI)
+    del metric_II
+    for start, stop in _panels(outputs):
+        whole_MN = product_OO[start:stop, :stop] if product_OO is not None else None
+        yield (_outer(update_OI, start, stop, stop) if whole_MN is None else whole_MN) / energy
+
+
+def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Tensor:
+    """(L O / tr L + eps)^-p R with the norm of R, float64.
+
+    Args:
+        fit_OI: R.
+        sharing_OO: L, its lower half at least.
+        power: p.
+        eps: Floor of the spectrum relative to its mean.
+    """
+    norm, trace = frobenius_norm(fit_OI), float(sharing_OO.trace())
+    if norm == 0 or trace == 0:
+        return fit_OI
+    values_O, vectors_OO = torch.linalg.eigh(sharing_OO)
+    factors_O = (values_O.clamp_(min=0) * (len(sharing_OO) / trace) + eps).pow_(-power)
+    result_OI: Tensor = vectors_OO @ (factors_O.unsqueeze(1) * (vectors_OO.T @ fit_OI))
+    return result_OI.mul_(norm / frobenius_norm(result_OI))
+
+
+def _panels(side: int) -> Iterator[tuple[int, int]]:
+    """Rows start..stop of every panel."""
+    return ((start, min(start + TILE, side)) for start in range(0, side, TILE))
+
+
+def _outer(update_OI: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """Rows start..stop and the first columns of D D^T, float64."""
+    rows_MI = update_OI[start:stop].double()
+    tiles = [rows_MI @ tile_MI.double().T for tile_MI in update_OI[:columns].split(TILE)]
+    return torch.cat(tiles, dim=1)
+
+
+def _times(rows_MO: Tensor, update_OI: Tensor) -> Tensor:
+    """Rows times D, float64."""
+    result_MI = rows_MO.new_zeros(len(rows_MO), update_OI.shape[1])
+    for start, stop in _panels(len(update_OI)):
+        result_MI.addmm_(rows_MO[:, start:stop], update_OI[start:stop].double())
+    return result_MI
+
+
+def _effective_rank(sharing_OO: Tensor) -> float:
+    """tr(L)^2 / |L|^2: over how many output directions the updates spread; lower half given."""
+    trace = float(sharing_OO.trace())
+    if trace == 0:
+        return 0.0
+    lower = frobenius_norm(sharing_OO.tril(-1))
+    diagonal = frobenius_norm(sharing_OO.diagonal())
+    return trace**2 / math.fsum([2 * lower**2, diagonal**2])
