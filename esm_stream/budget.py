@@ -31,6 +31,7 @@ F32: Final = 4
 F64: Final = 8
 # Interpreter-side buffers of a task: Zarr chunks being encoded, JSON, allocator slack.
 TASK_OVERHEAD: Final = 32 * MIB
+ACTIVATION_BUFFERS: Final = 8
 PANEL_BYTES: Final = 16 * MIB
 # Pinned memory through which weights go to a GPU, twice (stages/transfer.py).
 STAGING_BYTES: Final = 32 * MIB
@@ -82,6 +83,11 @@ def panel_elements(num_experts: int, columns: int = 1) -> int:
     """Elements of one panel of an elementwise method: a multiple of `columns`, at least one."""
     fitting = max(FEWEST_ELEMENTS, STACK_NUMBERS // num_experts)
     return max(1, fitting // columns) * columns
+
+
+def activation_bytes(tokens: int, widest: int) -> int:
+    """What a block holds of a micro-batch while it computes; `widest` is its largest dimension."""
+    return tokens * widest * F32 * ACTIVATION_BUFFERS
 
 
 def eigh_bytes(side: int) -> int:

@@ -33,10 +33,14 @@ from esm_stream.manifest import Calibration
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """Arguments for images and sounds that a plan was made with; whether samples may differ."""
+    """Arguments for images and sounds that a plan was made with; whether samples may differ.
+
+    `elements` are those of the example's images and sounds.
+    """
 
     media: frozenset[str]
     may_differ: bool
+    elements: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class Proxies:
     """Model inputs of one expert, and how they were drawn.
 
     `samples` are the numbers of the samples drawn, from 0, and `truncated` those of them that were
-    cut; `tokens` has the token ids of each, in the same order (0 for pictures and sounds).
+    cut; `tokens` has the token ids of each, in the same order (0 for pictures and sounds), `sizes`
+    about as many positions as the model makes of each.
     """
 
     batches: list[dict[str, Tensor]]
@@ -52,6 +57,7 @@ class Proxies:
     samples: list[int]
     available: int
     tokens: list[int]
+    sizes: list[int]
     truncated: list[int]
 
 
@@ -100,12 +106,15 @@ def read_proxies(
         problems = _unplanned(path, drawn, samples, planned)
     if problems:
         raise InputError(problems)
+    elements = planned.elements if planned else 0
+    tensors = [sample.tensors for sample in samples]
     return Proxies(
-        micro_batches([s.tensors for s in samples], tokens_per_sample, micro_batch_tokens),
+        micro_batches(tensors, tokens_per_sample, micro_batch_tokens, elements),
         kind_of_source(path),
         drawn,
         count,
         [sample.tokens for sample in samples],
+        [size_of(each, tokens_per_sample, elements) for each in tensors],
         [number for number, s in zip(drawn, samples, strict=True) if s.truncated],
     )
 
@@ -208,13 +217,15 @@ def micro_batches(
     samples: Sequence[dict[str, Tensor]],
     tokens_per_sample: int,
     micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    elements: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Join samples of equal shapes, at most `micro_batch_tokens` tokens at a time.
 
     Args:
         samples: Inputs by argument of the forward, each with a batch dimension of one.
-        tokens_per_sample: Tokens of a sample that has no token ids.
+        tokens_per_sample: Tokens of the example that the plan was made with.
         micro_batch_tokens: A single sample may have more.
+        elements: Of the example's images and sounds.
     """
 
     def signature(sample: dict[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -223,11 +234,23 @@ def micro_batches(
     batches = []
     for _, group in groupby(sorted(samples, key=signature), key=signature):
         alike = list(group)
-        ids = alike[0].get("input_ids")
-        tokens = tokens_per_sample if ids is None else ids.numel()
+        tokens = size_of(alike[0], tokens_per_sample, elements)
         joins = all(value.shape[:1] == (1,) for value in alike[0].values())
         size = max(1, micro_batch_tokens // max(1, tokens)) if joins else 1
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
             batches.append({name: torch.cat([s[name] for s in part]) for name in part[0]})
     return batches
+
+
+def size_of(sample: dict[str, Tensor], tokens_per_sample: int, elements: int) -> int:
+    """About as many positions as a model makes of a sample.
+
+    Of images and sounds it makes as many more than of the example's as they are larger.
+    """
+    media = sum(value.numel() for value in sample.values() if value.is_floating_point())
+    ids = sample.get("input_ids")
+    if media and elements:
+        seen = -(-tokens_per_sample * media // elements)
+        return max(seen, 0 if ids is None else ids.numel())
+    return tokens_per_sample if ids is None else ids.numel()

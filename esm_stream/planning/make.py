@@ -63,6 +63,7 @@ def _forward_plan(opened: Opened) -> ForwardPlan:
     trace = opened.trace
     assert trace is not None
     tokens = _tokens_per_sample(opened)
+    media = {k: v.numel() for k, v in opened.sample.items() if v.is_floating_point()}
     times = opened.manifest.calibration.samples * tokens / trace.sample_tokens
     return ForwardPlan(
         mode=trace.mode,
@@ -73,7 +74,8 @@ def _forward_plan(opened: Opened) -> ForwardPlan:
         dtype=opened.dtype,
         stem=trace.stem,
         outside=trace.outside,
-        media=tuple(sorted(k for k, v in opened.sample.items() if v.is_floating_point())),
+        media=tuple(sorted(media)),
+        elements=sum(media.values()),
     )
 
 

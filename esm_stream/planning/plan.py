@@ -139,8 +139,9 @@ class ForwardPlan:
 
     `why` says what rules out the modes before `mode`; see calibration/trace.py. `outside` names the
     parameters outside the blocks that the forward uses, `stem` those it uses before the last block.
-    `media` are the arguments for images and sounds of the sample that the plan was made with.
-    Samples run together up to `micro_batch_tokens`; a longer one runs alone.
+    `media` are the arguments for images and sounds of the sample that the plan was made with,
+    `elements` the number of their elements. Samples run together up to `micro_batch_tokens`; a
+    longer one runs alone.
     """
 
     mode: Mode
@@ -152,6 +153,7 @@ class ForwardPlan:
     stem: tuple[str, ...]
     outside: tuple[str, ...]
     media: tuple[str, ...]
+    elements: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,6 @@ GROUP_BYTES = 256 << 20
 MEASURE_BYTES = 4 << 30
 # Widest intermediate of a block in units of one float32 per token and feature of its widest matrix:
 # gate, up, their product, attention's q, k, v and output, norms.
-ACTIVATION_BUFFERS = 8
 
 
 class TaskBuilder:
@@ -102,8 +101,8 @@ class TaskBuilder:
         source = source_of(self._opened.manifest, named)
         drawn = settings.model_dump(mode="json", exclude={"data", "dtype", "min_samples"})
         # Two int64 per token (encoder and decoder, ids and types); images and sounds in float32.
-        media = sum(v.numel() for v in self._opened.sample.values() if v.is_floating_point())
-        size = 2 * self._hidden_tokens() * 8 + settings.samples * media * budget.F32
+        media = settings.samples * self._forward.elements * budget.F32
+        size = 2 * self._hidden_tokens() * 8 + media
         return self._task(
             f"inputs/{expert}",
             "inputs",
@@ -111,6 +110,8 @@ class TaskBuilder:
             identity=[
                 drawn,
                 self._forward.micro_batch_tokens,
+                self._forward.tokens_per_sample,
+                self._forward.elements,
                 _source_identity(source),
                 _processor_identity(self._opened.base.root),
             ],
@@ -329,7 +330,7 @@ class TaskBuilder:
         ]
         largest = max((s.state_bytes for s in self._forward.steps), default=0)
         widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
-        activations = self._micro_batch_tokens() * widest * budget.F32 * ACTIVATION_BUFFERS
+        activations = budget.activation_bytes(self._micro_batch_tokens(), widest)
         factoring = max((self._factoring_bytes(m) for m in matrices), default=0)
         return (
             budget.TASK_OVERHEAD

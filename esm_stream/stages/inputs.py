@@ -1,10 +1,12 @@
 """Stage 1: calibration data of one expert -> model inputs in micro-batches."""
 
+from esm_stream.budget import activation_bytes, format_size
 from esm_stream.calibration.arguments import save_batches
-from esm_stream.calibration.proxies import Planned, read_proxies
+from esm_stream.calibration.proxies import Planned, Proxies, read_proxies
 from esm_stream.calibration.sources import GENERIC
-from esm_stream.errors import InputError
+from esm_stream.errors import BudgetError, InputError
 from esm_stream.manifest import Manifest
+from esm_stream.planning.plan import Plan
 from esm_stream.stages.context import Context, TaskResult
 
 
@@ -19,7 +21,7 @@ def run(context: Context) -> TaskResult:
     source = manifest.calibration_of(expert) or GENERIC
     assert context.plan.forward is not None
     forward = context.plan.forward
-    planned = Planned(frozenset(forward.media), may_differ=forward.mode == "resident")
+    planned = Planned(frozenset(forward.media), forward.mode == "resident", forward.elements)
     try:
         proxies = read_proxies(
             source,
@@ -32,6 +34,7 @@ def run(context: Context) -> TaskResult:
     except InputError as error:
         owner = f'expert "{expert.name}"' if expert.calibration else "[calibration] data"
         raise InputError([f"{owner}: {problem}" for problem in error.problems]) from error
+    require_room(context.plan, expert.name, proxies)
     path = context.directory.inputs(expert.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_batches(path, proxies.batches)
@@ -46,3 +49,30 @@ def run(context: Context) -> TaskResult:
             "truncated": proxies.truncated,
         },
     )
+
+
+def require_room(plan: Plan, expert: str, proxies: Proxies) -> None:
+    """Refuse images or sounds so much larger than the plan's example that the budget is too small.
+
+    Raises:
+        BudgetError: Naming the largest sample, what is needed and what there is.
+    """
+    forward = plan.forward
+    assert forward is not None
+    planned = max(forward.micro_batch_tokens, forward.tokens_per_sample)
+    largest, expected = max(proxies.sizes), len(proxies.sizes) * forward.tokens_per_sample
+    widest = max(max(m.outputs, m.inputs) for m in plan.matrices.values() if m.moment)
+    state = max(step.state_bytes for step in forward.steps) if forward.steps else 0
+    tasks = [t for t in plan.of_stage("forward") if t.expert == expert]
+    task = max(tasks, key=lambda task: task.peak_bytes)
+    more = activation_bytes(max(0, largest - planned), widest)
+    more += int(3 * state * max(0.0, sum(proxies.sizes) / expected - 1))
+    if task.peak_bytes + more > plan.memory:
+        number = proxies.samples[proxies.sizes.index(largest)]
+        raise BudgetError(
+            f'expert "{expert}", sample {number}: a model makes about {largest} positions of it, '
+            f"where the plan's example has {forward.tokens_per_sample}; task '{task.key}' would "
+            f"need {format_size(task.peak_bytes + more)} of memory, the budget is "
+            f"{format_size(plan.memory)}. Give smaller images or shorter sounds, fewer "
+            "[calibration] samples, or raise [run] memory or --memory"
+        )

@@ -27,15 +27,16 @@ from models import (
 from torch import Tensor, nn
 
 from esm_stream.calibration.arguments import load_values
-from esm_stream.calibration.proxies import micro_batches
+from esm_stream.calibration.proxies import Proxies, micro_batches
 from esm_stream.calibration.skeleton import build_skeleton
 from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.checkpoints.checkpoint import open_checkpoint
-from esm_stream.errors import DataError, UnsupportedModelError
+from esm_stream.errors import BudgetError, DataError, UnsupportedModelError
 from esm_stream.events import Event
 from esm_stream.manifest import load_manifest
 from esm_stream.planning.make import make_plan
 from esm_stream.planning.plan import Matrix, Plan
+from esm_stream.stages.inputs import require_room
 from esm_stream.store.factors import FactorStore
 
 PICTURE_TOKENS = (16 // 4) ** 2 + 1
@@ -484,3 +485,16 @@ def test_every_merged_matrix_of_every_expert_is_read_once(
     assert read("write") == size(set(base)) + experts * size(set(base) - merged)
     for task in plan.of_stage("forward") + plan.of_stage("write"):
         assert plan.directory.results(task.key)["bytes_read"] == task.read_bytes, task.key
+
+
+def test_samples_much_larger_than_the_plans_example_are_refused_with_the_numbers(
+    zoo: MakeZoo, plan_of: PlanOf
+) -> None:
+    """The first sample stands for all until they are drawn: sounds and pictures differ in size."""
+    plan = plan_of(zoo("vit"), run={"memory": "1GiB"})
+    assert plan.forward is not None
+    usual = [plan.forward.tokens_per_sample] * 3
+    proxies = Proxies([], "image", [4, 0, 7], 9, [0, 0, 0], usual, [])
+    require_room(plan, "expert0", proxies)
+    with pytest.raises(BudgetError, match=r'"expert0", sample 7: .* about 9000000 positions'):
+        require_room(plan, "expert0", replace(proxies, sizes=[*usual[:2], 9_000_000]))

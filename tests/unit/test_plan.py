@@ -193,6 +193,7 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
             ("embed.weight",),
             (),
             ("pixel_values",),
+            3072,
         ),
         matrices={"m": matrix},
         tensors={"t": TensorPlan("t", "factors", 1.5, choice, ("m",), "target")},

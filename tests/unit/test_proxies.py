@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from esm_stream.calibration.proxies import micro_batches, read_proxies
+from esm_stream.calibration.proxies import micro_batches, read_proxies, size_of
 from esm_stream.calibration.sources import draw, kind_of_source
 from esm_stream.calibration.steps import MICRO_BATCH_TOKENS
 from esm_stream.errors import InputError
@@ -66,6 +66,15 @@ def test_samples_with_other_names_or_shapes_are_never_in_one_batch() -> None:
 def test_pictures_share_a_batch_as_far_as_their_tokens_allow(tokens: int, sizes: list[int]) -> None:
     batches = micro_batches([{"pixel_values": torch.zeros(1, 3, 8, 8)}] * 5, tokens)
     assert [len(batch["pixel_values"]) for batch in batches] == sizes
+
+
+def test_larger_sounds_than_the_example_run_with_fewer_others() -> None:
+    """An example of 100 elements makes 200 positions: those of 500 make 1000."""
+    small, large = {"input_values": torch.zeros(1, 100)}, {"input_values": torch.zeros(1, 500)}
+    assert size_of(large, 200, 100) == 1000
+    assert size_of({**large, "input_ids": torch.zeros(1, 3000).long()}, 200, 100) == 3000
+    batches = micro_batches([small] * 4 + [large] * 4, 200, 1024, 100)
+    assert [len(batch["input_values"]) for batch in batches] == [4, 1, 1, 1, 1]
 
 
 def test_ready_made_inputs_lose_their_padding_and_their_mask(tmp_path: Path) -> None:
