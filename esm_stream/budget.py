@@ -37,7 +37,7 @@ PANEL_BYTES: Final = 16 * MIB
 STAGING_BYTES: Final = 32 * MIB
 # Numbers that a panel of all experts holds: float64 temporaries of it stay below LARGE_BYTES of
 # allocation.py, so that they are reused and stay in the processor's cache.
-STACK_NUMBERS: Final = 1 << 16
+STACK_NUMBERS: Final = 1 << 17
 FEWEST_ELEMENTS: Final = 1 << 10
 # The largest statistic of an expert: a histogram of methods/thresholds.py.
 HISTOGRAM_BYTES: Final = 2 * MIB

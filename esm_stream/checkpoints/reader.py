@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint as views of read-only file maps.
+"""Tensors of a checkpoint as views of read-only file maps, or copied into memory that is there.
 
 From:  the shards of a Checkpoint, mapped when the first tensor of each is asked for.
-To:    whoever computes: tensors or panels of their rows, without a copy.
+To:    whoever computes: tensors or panels of their rows, without a copy; `fill` for panels so small
+       that mapping their pages would cost more than copying them.
 Peak:  no anonymous memory (a copy only of tensors that lie unaligned); pages of the file count as
        RssFile and leave it with `drop` or `close`.
 
@@ -28,6 +29,7 @@ from esm_stream.checkpoints.header import Header, TensorInfo
 from esm_stream.errors import InputError
 
 COMPARE_BYTES = 32 * 2**20
+_STILL = "Let nothing write to it and start again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class TensorReader:
         self.checkpoint = checkpoint
         self.bytes_read = 0
         self._maps: dict[Path, _Map] = {}
+        self._files: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -96,15 +99,33 @@ class TensorReader:
             raise ValueError(f"{name}: bytes {start}..{stop} are outside 0..{info.nbytes}")
         return self._bytes(name, info.start + start, info.start + stop)
 
+    def fill(self, name: str, start: int, memory: memoryview) -> None:
+        """Copy bytes of the tensor, from byte `start` on, until `memory` is full.
+
+        Raises:
+            InputError: The file cannot be read, or has changed.
+        """
+        header, offset = self.checkpoint.file_of(name), self.checkpoint.tensors[name].start + start
+        self.bytes_read += len(memory)
+        if header.path not in self._files:
+            self._files[header.path] = _open(header)
+        while memory:
+            count = os.preadv(self._files[header.path], [memory], offset)
+            if not count:
+                raise InputError([f"{header.path}: became shorter while it was read. {_STILL}"])
+            memory, offset = memory[count:], offset + count
+
     def drop(self) -> None:
         """Let the pages read so far leave this process; tensors stay valid and fault them in."""
         for mapped in self._maps.values():
             mapped.pages.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Drop pages and maps; a map lives on while a tensor of it does."""
+        """Drop pages, maps and open files; a map lives on while a tensor of it does."""
         self.drop()
         self._maps.clear()
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def _bytes(self, name: str, start: int, stop: int) -> Tensor:
         self.bytes_read += stop - start
@@ -147,23 +168,41 @@ def equal_bytes(a: TensorReader, b: TensorReader, name: str) -> bool:
 
 
 def _map_file(header: Header) -> _Map:
+    descriptor = _open(header)
     try:
-        with header.path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (header.file_size, header.mtime_ns):
-                raise InputError(
-                    [
-                        f"{header.path}: changed since its header was read (size "
-                        f"{header.file_size} -> {status.st_size} bytes, mtime {header.mtime_ns} -> "
-                        f"{status.st_mtime_ns} ns). Let nothing write to it and start again."
-                    ]
-                )
-            pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        pages = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     except OSError as error:
         raise InputError(
             [f"{header.path}: cannot be mapped ({error.strerror}). Check that it is readable."]
         ) from error
+    finally:
+        os.close(descriptor)
     return _Map(pages, _as_tensor(pages))
+
+
+def _open(header: Header) -> int:
+    """Descriptor of a file that is still the one whose header was read.
+
+    Raises:
+        InputError: It is not, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(
+            [f"{header.path}: cannot be opened ({error.strerror}). Check that it is readable."]
+        ) from error
+    status = os.fstat(descriptor)
+    if (status.st_size, status.st_mtime_ns) != (header.file_size, header.mtime_ns):
+        os.close(descriptor)
+        raise InputError(
+            [
+                f"{header.path}: changed since its header was read (size "
+                f"{header.file_size} -> {status.st_size} bytes, mtime {header.mtime_ns} -> "
+                f"{status.st_mtime_ns} ns). {_STILL}"
+            ]
+        )
+    return descriptor
 
 
 def _as_tensor(pages: mmap.mmap) -> Tensor:

@@ -64,7 +64,7 @@ class MethodOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The same N elements of base and experts, float32 (float64 where the base is).
+    """The same N elements of base and experts, float32 (float64 where one of the models is).
 
     Attributes:
         tensor: Name of the tensor.

@@ -118,8 +118,9 @@ class Ties(ElementwiseMethod):
         return elected_sum(trimmed_TN, panel.weights, self.options.normalize, zero_sign)
 
     def _trimmed(self, panel: Panel, known: Sequence[Any]) -> Tensor:
-        """Updates with everything below its expert's threshold set to 0."""
-        if self._trimming == 0:
-            return panel.updates_TN
-        thresholds = known[self._trimming - 1]["thresholds"]
-        return torch.stack(list(map(keep_at_least, panel.updates_TN, thresholds)))
+        """Updates with everything below its expert's threshold set to 0, in place."""
+        if self._trimming:
+            thresholds = known[self._trimming - 1]["thresholds"]
+            for row_N, threshold in zip(panel.updates_TN, thresholds, strict=True):
+                keep_at_least(row_N, threshold)
+        return panel.updates_TN

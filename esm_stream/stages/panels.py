@@ -1,6 +1,6 @@
 """One tensor of base and experts, panel by panel, for methods that work element by element.
 
-From:  the maps of all checkpoints, no copy.
+From:  the files of all checkpoints, copied as they are stored into memory for one panel.
 To:    `ElementwiseMethod.measure` and `merge`.
 Peak:  a stack of STACK_NUMBERS numbers, shared by all experts, and what a method makes of it.
 
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from esm_stream.budget import panel_elements
+from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.methods.contract import ElementwiseMethod, Panel, Sums, Whole
 from esm_stream.planning.plan import MethodChoice
 from esm_stream.stages.context import BASE, Context, require_finite
-
-# Elements of one view of the maps; panels are cut from it.
-_VIEW_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,22 @@ class Panels:
         context, names = self.context, self.context.plan.expert_names
         info = context.reader(BASE).checkpoint.tensors[self.tensor]
         length = panel_elements(len(names), info.columns if self.whole_rows else 1)
-        wide = torch.float64 if info.dtype == "F64" else torch.float32
-        stack = torch.empty(len(names) * min(length, info.numel), dtype=wide)
-        for first, base, experts in self._views(names, length, info.numel):
-            base_N = base.to(wide)
-            updates_TN = stack[: len(names) * len(base)].view(len(names), len(base))
-            for row_N, expert in zip(updates_TN, experts, strict=True):
-                torch.sub(expert.to(wide) if wide == torch.float64 else expert, base_N, out=row_N)
+        length = max(1, min(length, info.numel))
+        models = [_Stored(context.reader(name), self.tensor, length) for name in (BASE, *names)]
+        wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
+        stack = torch.empty(len(names) * length, dtype=wide)
+        for first in range(0, info.numel, length):
+            count = min(length, info.numel - first)
+            base_N, *experts = (model.elements(first, count) for model in models)
+            base_N = base_N.to(wide)
+            updates_TN = stack[: len(names) * count].view(len(names), count)
+            for row_N, expert_N in zip(updates_TN, experts, strict=True):
+                row_N.copy_(expert_N)
+            updates_TN -= base_N
             self._require_finite(updates_TN, base_N)
             yield Panel(
                 self.tensor, first, info.columns, names, self.choice.weights, base_N, updates_TN
             )
-
-    def _views(
-        self, names: tuple[str, ...], length: int, numel: int
-    ) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
-        """First element, and that panel of the base and of every expert, as stored."""
-        readers = [self.context.reader(name) for name in (BASE, *names)]
-        long = max(1, _VIEW_ELEMENTS // length) * length
-        for start in range(0, numel, long):
-            stop = min(start + long, numel)
-            views = [reader.elements(self.tensor, start, stop).split(length) for reader in readers]
-            for number, (base, *experts) in enumerate(zip(*views, strict=True)):
-                yield start + number * length, base, tuple(experts)
 
     def _require_finite(self, updates_TN: Tensor, base_N: Tensor) -> None:
         """Refuse NaN and Inf; a sum that overflows is only a reason to look closer."""
@@ -77,6 +68,23 @@ class Panels:
             return
         for name, row_N in zip(self.context.plan.expert_names, updates_TN, strict=True):
             require_finite(row_N, self.tensor, name, base_N)
+
+
+class _Stored:
+    """One model's elements of a tensor, as stored, in memory that is used again and again."""
+
+    def __init__(self, reader: TensorReader, tensor: str, length: int) -> None:
+        kind = reader.checkpoint.tensors[tensor].kind
+        self.dtype: torch.dtype = getattr(torch, str(kind.torch_name))
+        self._reader, self._tensor, self._size = reader, tensor, kind.bits // 8
+        self._values_N = torch.empty(length, dtype=self.dtype)
+        self._memory: memoryview = self._values_N.view(torch.uint8).numpy().data
+
+    def elements(self, first: int, count: int) -> Tensor:
+        """Elements (count,), good until the next call."""
+        size = self._size
+        self._reader.fill(self._tensor, first * size, self._memory[: count * size])
+        return self._values_N[:count]
 
 
 def sums_of(panels: Panels, method: ElementwiseMethod, known: list[Any]) -> Sums:

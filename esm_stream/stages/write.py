@@ -5,7 +5,7 @@ To:    `<shard>.partial` in the output directory, in panels of rows; sealed, `<s
 Peak:  a few panels of PANEL_BYTES, whatever the number of experts and the size of the tensor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +23,9 @@ from esm_stream.stages.scale import scale_of
 from esm_stream.stopping import check
 from esm_stream.store.work import Output
 from esm_stream.write.shards import PARTIAL_SUFFIX, ShardWriter, plan_shards, seal
+
+# A call to write costs as much as a panel of an elementwise method: many go into one.
+GATHERED_BYTES: Final = 1 << 20
 
 
 def layouts_of(plan: Plan) -> dict[str, ShardLayout]:
@@ -62,10 +65,34 @@ def _write_tensor(
     merge = _WAYS[plan.treatment]
     dtype: torch.dtype = getattr(torch, str(target.kind.torch_name))
     size = target.kind.bits // 8
-    for first, merged in merge(context, plan):
+    for first, merged_N in _rounded(merge(context, plan), dtype):
         check()
-        data = merged.to(dtype).contiguous().view(-1).view(torch.uint8)
-        writer.write_bytes(plan.name, first * size, data)
+        writer.write_bytes(plan.name, first * size, merged_N.view(torch.uint8))
+
+
+def _rounded(
+    panels: Iterable[tuple[int, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """Panels flat and in the output's dtype; small ones that follow each other in one piece.
+
+    What is given is overwritten by what follows.
+    """
+    gathered_N = torch.empty(GATHERED_BYTES // dtype.itemsize, dtype=dtype)
+    begin = filled = 0
+    for first, merged in panels:
+        count = merged.numel()
+        if filled and (first != begin + filled or filled + count > len(gathered_N)):
+            yield begin, gathered_N[:filled]
+            filled = 0
+        if count > len(gathered_N):
+            yield first, merged.to(dtype).reshape(-1)
+            continue
+        if not filled:
+            begin = first
+        gathered_N[filled : filled + count].view(merged.shape).copy_(merged)
+        filled += count
+    if filled:
+        yield begin, gathered_N[:filled]
 
 
 def _merged_panels(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:

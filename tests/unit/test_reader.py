@@ -187,7 +187,7 @@ def test_files_are_mapped_when_first_needed(tmp_path: Path) -> None:
     model.headers[0].path.unlink()
     with (
         TensorReader(model) as reader,
-        pytest.raises(InputError, match=r"model.safetensors: cannot be mapped \(No such file"),
+        pytest.raises(InputError, match=r"model.safetensors: cannot be opened \(No such file"),
     ):
         reader.tensor("w")
 
@@ -202,9 +202,44 @@ def test_a_file_changed_since_its_header_was_read_is_refused(tmp_path: Path, cha
         os.utime(path, ns=(0, model.headers[0].mtime_ns))
     else:
         os.utime(path, ns=(0, 5))
-    with TensorReader(model) as reader, pytest.raises(InputError) as caught:
-        reader.tensor("w")
-    assert caught.value.problems[0].startswith(f"{path}: changed since its header was read")
+    for read in (
+        lambda reader: reader.tensor("w"),
+        lambda reader: reader.fill("w", 0, memoryview(bytearray(4))),
+    ):
+        with TensorReader(model) as reader, pytest.raises(InputError) as caught:
+            read(reader)
+        assert caught.value.problems[0].startswith(f"{path}: changed since its header was read")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fill_copies_bytes_of_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.arange(60).to(dtype)
+    model = save(tmp_path / "model", {"before": torch.zeros(3), "w": values})
+    size = dtype.itemsize
+    into = bytearray(10 * size)
+    with TensorReader(model) as reader:
+        for start in (0, 25, 50):
+            reader.fill("w", start * size, memoryview(into))
+            assert bytes(into) == values[start : start + 10].view(torch.uint8).numpy().tobytes()
+        assert reader.bytes_read == 30 * size
+
+
+def test_fill_leaves_no_open_file(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", {"w": torch.zeros(4)})
+    before = len(os.listdir("/proc/self/fd"))
+    with TensorReader(model) as reader:
+        reader.fill("w", 0, memoryview(bytearray(16)))
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", {"w": torch.zeros(4)})
+    with TensorReader(model) as reader:
+        reader.fill("w", 0, memoryview(bytearray(4)))
+        os.truncate(model.headers[0].path, 8)
+        with pytest.raises(InputError, match="became shorter while it was read"):
+            reader.fill("w", 0, memoryview(bytearray(4)))
 
 
 def test_rows_of_a_file_larger_than_memory_take_no_anonymous_memory(tmp_path: Path) -> None:
