@@ -226,11 +226,11 @@ def test_fill_copies_bytes_of_a_tensor(tmp_path: Path, dtype: torch.dtype) -> No
 
 def test_fill_leaves_no_open_file(tmp_path: Path) -> None:
     model = save(tmp_path / "model", {"w": torch.zeros(4)})
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with TensorReader(model) as reader:
         reader.fill("w", 0, memoryview(bytearray(16)))
-        assert len(os.listdir("/proc/self/fd")) == before + 1
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
