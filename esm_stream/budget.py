@@ -11,7 +11,14 @@ import re
 from typing import Final
 
 from esm_stream.errors import ManifestError
-from esm_stream.subspace.sizes import PANEL_ROWS, TYPICAL_SHIFTS, block_of_band, is_banded
+from esm_stream.subspace.sizes import (
+    PANEL_ROWS,
+    TYPICAL_SHIFTS,
+    block_of_band,
+    block_of_bidiagonal,
+    is_banded,
+    is_reduced,
+)
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -135,9 +142,11 @@ def basis_bytes(outputs: int, inputs: int, rank: int, *, by_svd: bool = False) -
 def basis_flops(outputs: int, inputs: int, rank: int) -> float:
     """Operations of one expert's basis and coordinates by the smaller side (methods.md 1.5)."""
     side = min(outputs, inputs)
-    products = 4.0 * inputs**3 if outputs > inputs else 2.0 * outputs * inputs**2
-    products += 1.0 * outputs * inputs * side + 2.0 * outputs * rank**2
-    return products + eigh_flops(side) + 4.0 * outputs * inputs * rank
+    if outputs > inputs:
+        products = 1.0 * outputs * inputs**2 + 1.0 * inputs**3 + 2.0 * outputs * inputs * rank
+        return products + eigh_flops(side) + 2.0 * inputs**2 * rank
+    products = 2.0 * outputs * inputs**2 + 1.0 * outputs**2 * inputs
+    return products + eigh_flops(side) + 2.0 * outputs * inputs * rank
 
 
 def combine_bytes(outputs: int, inputs: int, columns: int, *, forms_stacks: bool) -> int:
@@ -179,8 +188,16 @@ def root_numbers(side: int, columns: int) -> tuple[int, int]:
 def combine_flops(outputs: int, inputs: int, columns: int) -> float:
     """Operations of both roots of Gram matrices and the product."""
     left, right = min(outputs, columns), min(inputs, columns)
-    grams = outputs * columns * left + inputs * columns * right
-    roots = root_flops(left, right) + root_flops(right, columns)
+    grams = inputs * columns * right
+    roots = root_flops(right, columns)
+    if columns <= outputs and is_reduced(outputs, columns, right):
+        sweeps = 8.0 * TYPICAL_SHIFTS * block_of_bidiagonal(columns) * columns * right
+        roots += (
+            4.0 * columns**2 * (outputs - columns / 3) + 4.0 * outputs * columns * right + sweeps
+        )
+    else:
+        grams += outputs * columns * left
+        roots += root_flops(left, right)
     return grams + roots + 2.0 * outputs * columns * min(right + inputs, 2 * inputs)
 
 

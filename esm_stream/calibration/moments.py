@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esm_stream.methods.contract import Moment
+from esm_stream.subspace.gram import add_gram, fill_upper
 
 # Rows are multiplied this many at a time, whatever the batches they came in: where a batch ends
 # moves no bit of a sum.
@@ -55,16 +56,16 @@ class InputMoment:
             self._sum_II = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         for rows_NI in batches:
             for chunk_NI in self._rows.take(rows_NI):
-                self._sum_II.addmm_(chunk_NI.T, chunk_NI)
+                add_gram(self._sum_II, chunk_NI)
         return self._sum_II
 
     def result(self) -> Moment:
         """The mean over tokens, zero if there were none; nothing can be added afterwards."""
         sum_II, self._waiting = self._sum_up(self._waiting), []
         for chunk_NI in self._rows.rest():
-            sum_II.addmm_(chunk_NI.T, chunk_NI)
+            add_gram(sum_II, chunk_NI)
             sum_II /= self._tokens
-        return Moment("input", sum_II, self._tokens)
+        return Moment("input", fill_upper(sum_II), self._tokens)
 
 
 class ShiftMoment:
@@ -91,14 +92,14 @@ class ShiftMoment:
 
     def _add(self, chunk_NI: Tensor) -> None:
         shift_NO = (chunk_NI @ self._update_IO).double()
-        self._sum_OO.addmm_(shift_NO.T, shift_NO)
+        add_gram(self._sum_OO, shift_NO)
 
     def result(self) -> Moment:
         """The mean over tokens, zero if there were none; nothing can be added afterwards."""
         for chunk_NI in self._rows.rest():
             self._add(chunk_NI)
             self._sum_OO /= self._tokens
-        return Moment("shift", self._sum_OO, self._tokens)
+        return Moment("shift", fill_upper(self._sum_OO), self._tokens)
 
 
 class _Rows:

@@ -21,7 +21,7 @@ from esm_stream.methods.options import EsmOptions
 from esm_stream.methods.profiles import Modality, Profile
 from esm_stream.scaling.dimension import column_factors
 from esm_stream.scaling.task import task_factors
-from esm_stream.subspace.basis import coordinates, essential_basis, frobenius_norm
+from esm_stream.subspace.basis import essential_basis, frobenius_norm
 from esm_stream.subspace.polar import Polar, PolarRoot, polar
 from esm_stream.subspace.product import PolarProduct, Stack
 
@@ -107,9 +107,9 @@ class Esm:
         )
         return Factors(
             essential.basis_OK,
-            coordinates(essential.basis_OK, update_OI),
+            essential.coordinates_KI,
             essential.eigenvalues,
-            frobenius_norm(update_OI),
+            essential.norm,
         )
 
     def combine(self, factors: Sequence[Factors], shape: tuple[int, int]) -> Merged:

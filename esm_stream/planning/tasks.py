@@ -298,8 +298,8 @@ class TaskBuilder:
         tokens, side = self._hidden_tokens(), m.inputs if m.moment == "input" else m.outputs
         shift = 2.0 * tokens * m.outputs * m.inputs if m.moment == "shift" else 0.0
         if m.summed:
-            return 2.0 * tokens * side * side + _term_flops(m)
-        return shift + 2.0 * tokens * side * side + budget.basis_flops(m.outputs, m.inputs, m.rank)
+            return 1.0 * tokens * side * side + _term_flops(m)
+        return shift + 1.0 * tokens * side * side + budget.basis_flops(m.outputs, m.inputs, m.rank)
 
     def _forward_peak(
         self,

@@ -1,9 +1,11 @@
 """Polar factors: the nearest matrices whose singular values are all one.
 
 From:  methods/ and product.py, stacked bases and stacked coordinates.
-To:    the same: K^(-1/2) of a tall matrix A with Gram matrix K, which makes it A K^(-1/2).
+To:    the same: K^(-1/2) of a tall matrix A with Gram matrix K, which makes it A K^(-1/2); or that
+       factor applied.
 Peak:  float64, for a tall matrix of N columns: by eigenvectors 6 * N^2; banded (large N, or nearly
-       singular) twice N^2 and eight tiles of N * 1024. A itself is seen by panels of rows.
+       singular) twice N^2 and eight tiles of N * 1024. A itself is seen by panels of rows. By
+       reflectors half a square in place of two: A itself, in float32.
 
 Letters: M rows, N columns, M >= N for a tall matrix, S = min(M, N), Q columns of another matrix.
 """
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from esm_stream.subspace.band import Band
+from esm_stream.subspace.bidiagonal import Bidiagonal
 from esm_stream.subspace.gram import gram, row_panels
 from esm_stream.subspace.sizes import is_banded
 
@@ -28,16 +31,18 @@ _LARGEST_CONDITION = 1 / torch.finfo(torch.float64).eps
 _SMALLEST_SUMMED_SQUARE = 1e-13
 
 _SMALLEST_LIFT = 1e-10
+# Of a polar factor in float32. The product is promised to 1e-4.
+_LARGEST_ERROR = 2e-5
 
 Panels = Callable[[], Iterable[Tensor]]
 """Row panels of one tall matrix, float64, from the top, as often as asked for."""
 
 
 class Root(Protocol):
-    """K^(-1/2) over the directions that exist."""
+    """K^(-1/2) or polar(A), over the directions that exist."""
 
     def __call__(self, columns_NQ: Tensor, /) -> Tensor:
-        """K^(-1/2) Y; Y may be overwritten."""
+        """K^(-1/2) Y, or polar(A) Y; Y may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class PolarRoot:
 
     Attributes:
         root: A root(Y) = polar(A) Y. Not symmetric where A is nearly singular.
+        is_factor: It is root(Y) that is polar(A) Y.
         mean_singular_value: Mean of all N, dropped ones too (methods.md 1.3, rule 3).
         dropped: Number of directions too small to have a factor.
         condition: s_max / s_min, at most 1/eps; 1.0 for a zero or an empty matrix.
@@ -55,6 +61,7 @@ class PolarRoot:
     mean_singular_value: float
     dropped: int
     condition: float
+    is_factor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,23 @@ def polar_root(panels: Panels, side: int, columns: int, tolerance: float = 1e-7)
     return _dense_root(gram_NN, panels, tolerance)
 
 
+def factor_by_reflectors(panels: Panels, rows: int, side: int) -> PolarRoot | None:
+    """polar(A) of a tall A stored in float32; None where float32 is not enough to say it."""
+    matrix_MN, start = None, 0
+    for panel_MN in panels():
+        if matrix_MN is None:
+            matrix_MN = panel_MN.new_empty(rows, side, dtype=torch.float32)
+        matrix_MN[start : start + len(panel_MN)] = panel_MN
+        start += len(panel_MN)
+    if matrix_MN is None or not bool(matrix_MN.any()):
+        return None
+    form = Bidiagonal(matrix_MN)
+    if form.sums is None or form.error > _LARGEST_ERROR:
+        return None
+    condition = math.sqrt(form.form.largest / form.smallest)
+    return PolarRoot(form.polar, form.sums.roots / side, 0, condition, is_factor=True)
+
+
 def _dense_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
     """By eigenvectors of K; where K is nearly singular, by its banded form."""
     values, vectors_NN = torch.linalg.eigh(gram_NN)
@@ -134,24 +158,24 @@ def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
     side = gram_NN.shape[0]
     first = Band(gram_NN)
     edge = max(_SMALLEST_RATIO_FROM_GRAM, tolerance) ** 2
-    if first.count_below(edge * first.largest) == 0:
-        smallest = first.smallest()
+    if first.form.count_below(edge * first.form.largest) == 0:
+        smallest = first.form.smallest()
         low = smallest / 2
 
         def well(columns_NQ: Tensor) -> Tensor:
             first.inverse_root(columns_NQ, low)
             return columns_NQ
 
-        condition = math.sqrt(first.largest / smallest)
-        return PolarRoot(well, first.trace_of_root(low) / side, 0, condition)
+        condition = math.sqrt(first.form.largest / smallest)
+        return PolarRoot(well, first.form.root_sums(low).roots / side, 0, condition)
     square = max(1e-3 * tolerance, _SMALLEST_LIFT)
-    lift = square * first.largest
+    lift = square * first.form.largest
     lifted_NN = gram((_lifted(first, panel_MN, lift) for panel_MN in panels()), side)
     assert lifted_NN is not None
     second = Band(lifted_NN)
     # A singular value s of A is s / sqrt(s^2 + d) of the product.
     cut = max(tolerance**2 / (tolerance**2 + square), _SMALLEST_SUMMED_SQUARE)
-    dropped = second.count_below(cut)
+    dropped = second.form.count_below(cut)
 
     def nearly_singular(columns_NQ: Tensor) -> Tensor:
         if dropped:
@@ -160,8 +184,8 @@ def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
         first.inverse_root(columns_NQ, lift / 2, offset=lift)
         return columns_NQ
 
-    small = _SMALLEST_SUMMED_SQUARE * first.largest
-    mean = first.trace_of_root(small / 2, offset=small) / side
+    small = _SMALLEST_SUMMED_SQUARE * first.form.largest
+    mean = first.form.root_sums(small / 2, offset=small).roots / side
     return PolarRoot(nearly_singular, mean, dropped, _lifted_condition(second, square))
 
 
@@ -174,9 +198,9 @@ def _lifted(band: Band, panel_MN: Tensor, lift: float) -> Tensor:
 
 def _lifted_condition(band: Band, square: float) -> float:
     """Condition of A from the spectrum of A (K + d)^(-1/2), d = square * s_max^2."""
-    if band.count_below(_SMALLEST_SUMMED_SQUARE):
+    if band.form.count_below(_SMALLEST_SUMMED_SQUARE):
         return _LARGEST_CONDITION
-    smallest = band.smallest()
+    smallest = band.form.smallest()
     return min(math.sqrt((1 - smallest) / (smallest * square)), _LARGEST_CONDITION)
 
 

@@ -1,4 +1,4 @@
-"""Product of the polar factors of two stacks, neither of which is formed in float64 as a whole.
+"""Product of the polar factors of two stacks, the first of which is never whole in float64.
 
 From:  methods/, the bases of all experts, read by rows, and their stacked coordinates.
 To:    methods/, the merged update.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from esm_stream.subspace.gram import row_panels
-from esm_stream.subspace.polar import polar_root
-from esm_stream.subspace.sizes import PANEL_ROWS
+from esm_stream.subspace.polar import factor_by_reflectors, polar_root
+from esm_stream.subspace.sizes import PANEL_ROWS, is_reduced
 
 
 class Rows(Protocol):
@@ -39,6 +39,11 @@ class Stack:
         self._blocks, self._weights = blocks, weights
         self._starts = list(accumulate((len(w) for w in weights), initial=0))
         self.shape = (blocks[0].shape[0], self._starts[-1])
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the blocks have more digits than stored ones, which are float32."""
+        return any(block[:0].dtype == torch.float64 for block in self._blocks)
 
     def panels(self) -> Iterator[Tensor]:
         """Panels of rows, top to bottom."""
@@ -72,7 +77,11 @@ class PolarProduct:
         self._middle = inner = min(num_columns, num_inputs)
         bases = left.panels if self._tall else self._turned_bases
         columns = inner if self._tall else num_outputs
-        self.left = polar_root(bases, min(left.shape), columns, tolerance)
+        found = None
+        # Bases in float64 are not stored ones: their products shall be as exact.
+        if is_reduced(num_outputs, num_columns, columns) and self._tall and not left.is_double:
+            found = factor_by_reflectors(left.panels, num_outputs, num_columns)
+        self.left = found or polar_root(bases, min(left.shape), columns, tolerance)
         self.right = polar_root(self._coordinates, inner, inner, tolerance)
 
     def _turned_bases(self) -> Iterator[Tensor]:
@@ -100,11 +109,13 @@ class PolarProduct:
             inner_RS = right_RI @ root_SS
         del right_RI, root_SS
         inner_RS.mul_(middle_R.unsqueeze(1))
-        if self._tall:
+        if self.left.is_factor:
+            rows: Iterable[Tensor] = row_panels(self.left.root(inner_RS))
+        elif self._tall:
             inner_RS = self.left.root(inner_RS)
             if outer_RI is not None and num_outputs > num_inputs:
                 inner_RS, outer_RI = inner_RS @ outer_RI, None
-            rows: Iterable[Tensor] = (panel_MR @ inner_RS for panel_MR in self._stack.panels())
+            rows = (panel_MR @ inner_RS for panel_MR in self._stack.panels())
         else:
             root_OO = self.left.root(_identity(num_outputs, inner_RS))
             rows = row_panels(root_OO.T @ self._spread(inner_RS))

@@ -6,8 +6,8 @@ product, and those shall be the same whatever the budget.
 
 # Rows of a panel of a stack, of an update, of a basis as stored.
 PANEL_ROWS = 1024
-# The reduction to a band updates the lower triangle by tiles; those on the diagonal are whole.
-TILE = 512
+# Of a symmetric matrix the lower triangle is computed, by tiles; those on the diagonal are whole.
+TILE = 256
 # Columns that are solved for together.
 TILE_COLUMNS = 1024
 # Shifts of an inverse root for singular values over five decades.
@@ -17,6 +17,19 @@ TYPICAL_SHIFTS = 25
 def block_of_band(side: int) -> int:
     """Side of a block of the banded form; divides TILE."""
     return 32 if side < 2048 else 64
+
+
+def block_of_bidiagonal(side: int) -> int:
+    """Side of a block of the bidiagonal form."""
+    return 32 if side < 6144 else 64
+
+
+def is_reduced(rows: int, side: int, columns: int) -> bool:
+    """Whether the polar factor of such a tall matrix is first tried by its bidiagonal form.
+
+    With more rows the Gram matrix is the smaller thing to reduce.
+    """
+    return is_banded(side, columns) and 2 * rows <= 3 * side
 
 
 def is_banded(side: int, columns: int) -> bool:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esm_stream.subspace.band import Band
+from esm_stream.subspace.bidiagonal import Bidiagonal
 from esm_stream.subspace.gram import gram, row_panels
-from esm_stream.subspace.polar import banded_root, polar
+from esm_stream.subspace.polar import banded_root, factor_by_reflectors, polar
 from esm_stream.subspace.product import PolarProduct, Stack
 from esm_stream.subspace.rational import inverse_root_poles
 
@@ -59,17 +60,20 @@ def test_functions_of_a_banded_form_are_those_of_its_eigenvectors(
     symmetric_NN = vectors_NN * values @ vectors_NN.T
     right_NQ = gaussian(side, columns, seed=seed + 1)
     band = Band(symmetric_NN.clone())
-    assert band.largest == pytest.approx(1, rel=1e-2)
-    assert band.smallest() == pytest.approx(float(values[-1]), rel=1e-2)
+    assert band.form.largest == pytest.approx(1, rel=1e-2)
+    assert band.form.smallest() == pytest.approx(float(values[-1]), rel=1e-2)
     low = 0.5 * float(values[-1])
-    assert band.trace_of_root(low) == pytest.approx(float(values.sqrt().sum()), rel=1e-8)
+    assert band.form.root_sums(low).roots == pytest.approx(float(values.sqrt().sum()), rel=1e-8)
+    inverses = float(values.rsqrt().sum())
+    assert band.form.root_sums(low).inverse_roots == pytest.approx(inverses, rel=1e-6)
+    assert band.form.root_sums(low).inverses == pytest.approx(float((1 / values).sum()), rel=1e-4)
     found_NQ = right_NQ.clone()
     band.inverse_root(found_NQ, low)
     assert relative(found_NQ, vectors_NN / values.sqrt() @ (vectors_NN.T @ right_NQ)) < 1e-6
     if side > 1 and decades < -1:
         middle = float((values[side // 2 - 1] * values[side // 2]).sqrt())
         above = values > middle
-        assert band.count_below(middle) == int((~above).sum())
+        assert band.form.count_below(middle) == int((~above).sum())
         found_NQ = right_NQ.clone()
         band.above(found_NQ, middle)
         wanted_NQ = vectors_NN[:, above] @ (vectors_NN[:, above].T @ right_NQ)
@@ -106,6 +110,39 @@ def test_a_banded_root_is_that_of_the_svd_nearly_singular_matrices_included(
         assert found.condition == pytest.approx(float(values[0] / values[-1]), rel=0.02)
     else:
         assert found.condition > 1e9
+
+
+@settings(max_examples=30)
+@given(side=SIDES, more=st.integers(0, 40), columns=st.integers(1, 20), seed=SEEDS)
+def test_a_polar_factor_by_reflectors_is_as_exact_as_it_says(
+    side: int, more: int, columns: int, seed: int
+) -> None:
+    # A square Gaussian matrix has singular values down to 1 / side of the largest.
+    matrix_MN, right_NQ = gaussian(side + more, side, seed=seed), gaussian(side, columns, seed=1)
+    left, values, right = torch.linalg.svd(matrix_MN, full_matrices=False)
+    form = Bidiagonal(matrix_MN.float())
+    assert form.sums is not None
+    error = relative(form.polar(right_NQ).double(), left @ (right @ right_NQ))
+    assert error < max(form.error, 2e-6)
+    assert form.error < 1e-5 * math.sqrt(float(values[0] / values[-1]))
+    assert form.sums.roots == pytest.approx(float(values.sum()), rel=1e-6)
+    assert math.sqrt(form.smallest) == pytest.approx(float(values[-1]), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_a_polar_factor_by_reflectors_is_given_up_where_float32_does_not_say_it(kind: str) -> None:
+    values = SPECTRA[kind]
+    left_MN, right_NN = orthonormal(120, 100, 1), orthonormal(100, 100, 2)
+    matrix_MN = left_MN * values @ right_NN.T
+    found = factor_by_reflectors(lambda: row_panels(matrix_MN), 120, 100)
+    if kind != "well conditioned":
+        assert found is None
+        return
+    assert found is not None
+    assert found.is_factor
+    assert found.condition == pytest.approx(100, rel=1e-3)
+    factor_MN = found.root(torch.eye(100, dtype=torch.float64)).double()
+    assert relative(factor_MN, left_MN @ right_NN.T) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -147,22 +184,26 @@ def test_a_product_of_nearly_singular_stacks_is_that_of_their_svds(
     assert relative(found, left @ (inner @ outer) @ right) < 1e-6
 
 
-def test_large_stacks_give_what_their_svds_give() -> None:
-    # Sides from which the banded form is taken, more rows than one panel, an expert twice.
+@pytest.mark.parametrize("twice", [False, True], ids=["distinct", "one expert twice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_stacks_give_what_their_svds_give(dtype: torch.dtype, *, twice: bool) -> None:
+    # Sides from which reductions are taken, more rows than one panel.
     outputs, inputs = 1100, 64
     blocks = [
-        orthonormal(outputs, inputs, seed) @ orthonormal(inputs, inputs, seed + 9)
+        (orthonormal(outputs, inputs, seed) @ orthonormal(inputs, inputs, seed + 9)).to(dtype)
         for seed in range(17)
     ]
-    blocks.append(blocks[0])
+    blocks += [blocks[0]] * twice
     weights = [torch.linspace(1.5, 0.5, inputs, dtype=torch.float64)] * len(blocks)
     right_RI = gaussian(len(blocks) * inputs, inputs, seed=3)
     product = PolarProduct(Stack(blocks, weights), right_RI.clone())
+    assert product.left.is_factor == (dtype == torch.float32 and not twice)
     found = product.update(torch.ones(len(right_RI), dtype=torch.float64), torch.float64)
-    stacked = torch.cat([b * w for b, w in zip(blocks, weights, strict=True)], dim=1)
+    stacked = torch.cat([b.double() * w for b, w in zip(blocks, weights, strict=True)], dim=1)
     left, values, right = torch.linalg.svd(stacked, full_matrices=False)
     kept = values > 1e-7 * values[0]
     outer, _, inner = torch.linalg.svd(right_RI, full_matrices=False)
     wanted = left[:, kept] @ (right[kept] @ outer) @ inner
-    assert relative(found, wanted) < 1e-4
+    assert relative(found, wanted) < (1e-4 if twice else 1e-5)
     assert product.left.dropped == int((~kept).sum())
+    assert product.left.mean_singular_value == pytest.approx(float(values.mean()), rel=1e-5)

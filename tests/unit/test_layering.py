@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "methods": {"subspace", "scaling"},
     "store": {"checkpoints", "methods", "subspace"},
     "write": {"checkpoints", "store"},
-    "calibration": {"methods", "store", "manifest"},
+    "calibration": {"methods", "store", "manifest", "subspace"},
     "manifest": {"budget", "checkpoints", "methods"},
     "planning": {
         *("allocation", "budget", "calibration", "checkpoints", "manifest", "methods", "store"),
