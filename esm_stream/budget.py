@@ -40,6 +40,8 @@ F64: Final = 8
 TASK_OVERHEAD: Final = 32 * MIB
 ACTIVATION_BUFFERS: Final = 8
 PANEL_BYTES: Final = 16 * MIB
+# Sums of matrices with one input take at most the budget divided by this, where several can wait.
+SUMS_SHARE: Final = 4
 # Pinned memory through which weights go to a GPU, twice (stages/transfer.py).
 STAGING_BYTES: Final = 32 * MIB
 # Numbers that a panel of all experts holds: float64 temporaries of it stay below LARGE_BYTES of

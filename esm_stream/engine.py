@@ -378,7 +378,7 @@ def _lay_out(plan: Plan, todo: set[str]) -> None:
     """
     stages = {plan.tasks[key].stage for key in todo}
     store = FactorStore(plan.directory.factors)
-    if stages & {"forward", "merge"}:
+    if stages & {"forward", "merge", "walk"}:
         for matrix in plan.matrices.values():
             if matrix.moment and not matrix.summed:
                 store.create(

@@ -89,6 +89,10 @@ def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
         from esm_stream.stages import forward, inputs, stem
 
         return {"inputs": inputs.run, "stem": stem.run, "forward": forward.run}[stage]
+    if stage == "walk":
+        from esm_stream.stages import walk
+
+        return walk.run
     from esm_stream.stages import finish, measure, merge, scale, write
 
     bodies: dict[Stage, Callable[[Context], TaskResult]] = {
@@ -107,8 +111,8 @@ def _drop_consumed_states(plan: Plan, task: Task) -> None:
     """A hidden state is only needed until the last task that reads it is done."""
     for key in task.states:
         if plan.readers_of_state[key][-1] == task.key:
-            before = plan.tasks[key]
-            plan.directory.hidden(task.expert, before.block + 1).unlink(missing_ok=True)
+            for path in plan.states_of(plan.tasks[key]):
+                path.unlink(missing_ok=True)
 
 
 def require_scheduler(name: str) -> None:

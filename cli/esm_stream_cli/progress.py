@@ -21,6 +21,7 @@ NAMES = {
     "merge": "merge matrices",
     "measure": "statistics",
     "total": "totals",
+    "walk": "merge block by block",
     "scale": "layer scales",
     "write": "write tensors",
     "seal": "seal shards",

@@ -250,11 +250,13 @@ class SumMethod(Method):
     """Merges one matrix at a time from sums over the experts.
 
     `blocks_only`: matrices outside the blocks are averaged. `uses_moments`: terms are made of the
-    moments of inputs besides the updates.
+    moments of inputs besides the updates; `inputs_of_merged`: of inputs in the merged model, whose
+    blocks are then merged one after the other.
     """
 
     blocks_only: ClassVar[bool] = True
     uses_moments: bool = False
+    inputs_of_merged: bool = False
 
     def identity(self, step: Literal["term", "solve"]) -> Mapping[str, object]:
         """Options that decide the numbers of one expert's terms, or those of the result."""

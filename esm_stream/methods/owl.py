@@ -36,10 +36,11 @@ from esm_stream.subspace.sizes import TILE
 class OwlOptions(MethodOptions):
     """Options of OWL."""
 
-    inputs: Literal["expert", "none"] = Field(
+    inputs: Literal["merged", "expert", "none"] = Field(
         "expert",
         description="Whose inputs show what a layer sees: those in each expert's own forward "
-        '("expert"), or nobody\'s ("none": no samples, m counts as 0).',
+        '("expert"), those in the model merged so far, block by block ("merged"), or nobody\'s '
+        '("none": no samples, m counts as 0).',
     )
     m: float = Field(
         0.4, ge=0, le=1, description="Share of the inputs in the metric; the rest is D_t^T D_t."
@@ -83,6 +84,7 @@ class Owl(SumMethod):
     def __init__(self, options: OwlOptions) -> None:
         super().__init__(options)
         self.uses_moments = options.inputs != "none"
+        self.inputs_of_merged = options.inputs == "merged"
 
     @classmethod
     def alpha_for(cls, modality: Modality, num_experts: int) -> float:

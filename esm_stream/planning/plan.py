@@ -21,12 +21,22 @@ from pydantic import TypeAdapter
 
 from esm_stream.calibration.steps import OUTSIDE, Mode, Step
 from esm_stream.methods import at_depth
-from esm_stream.store.work import SCHEMA, WorkDirectory
+from esm_stream.store.work import SCHEMA, WorkDirectory, in_merged
 
 ALL: Final = "all"
 Treatment = Literal["copy", "equal", "elementwise", "factors"]
 Stage = Literal[
-    "inputs", "stem", "forward", "measure", "total", "merge", "scale", "write", "seal", "finish"
+    "inputs",
+    "stem",
+    "forward",
+    "measure",
+    "total",
+    "merge",
+    "walk",
+    "scale",
+    "write",
+    "seal",
+    "finish",
 ]
 STAGES: Final[tuple[Stage, ...]] = (
     "inputs",
@@ -35,6 +45,7 @@ STAGES: Final[tuple[Stage, ...]] = (
     "measure",
     "total",
     "merge",
+    "walk",
     "scale",
     "write",
     "seal",
@@ -82,7 +93,8 @@ class Matrix:
     OUTSIDE, and `also` names what else is looked at, for a matrix that several blocks share.
     `routed`: of experts of a mixture, which may see too few tokens, how many inputs they get
     together for one token; 0 for other matrices. `scaled`: layer scaling applies. `summed`: merged
-    from sums over the experts, not from factors of each.
+    from sums over the experts, not from factors of each. `walked`: its inputs are those in the
+    merged model, and `order` says when in its block they are there.
     """
 
     name: str
@@ -102,6 +114,13 @@ class Matrix:
     observed_in: str = OUTSIDE
     routed: float = 0.0
     summed: bool = False
+    walked: bool = False
+    order: int = 0
+
+    @property
+    def observed(self) -> bool:
+        """Whether its inputs are observed in the experts' own forwards."""
+        return self.moment is not None and not self.walked
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -225,6 +244,11 @@ class Plan:
         """Experts in manifest order."""
         return tuple(self.experts)
 
+    def states_of(self, task: Task) -> list[Path]:
+        """Files of the hidden states that a task leaves for the next ones."""
+        ways = [in_merged(name) for name in self.experts] if task.stage == "walk" else [task.expert]
+        return [self.directory.hidden(way, task.block + 1) for way in ways]
+
     @cached_property
     def readers_of_state(self) -> dict[str, list[str]]:
         """The tasks that read a task's hidden states, in order."""
@@ -239,7 +263,7 @@ class Plan:
         """Matrices whose sums a forward task adds to, by the task's key."""
         found: dict[str, list[Matrix]] = {}
         for matrix in self.matrices.values():
-            if matrix.summed and matrix.moment:
+            if matrix.summed and matrix.observed:
                 for expert in self.experts:
                     found.setdefault(forward_key(self, expert, matrix), []).append(matrix)
         return found
@@ -277,6 +301,10 @@ class Plan:
         states = 2 * len(self.experts) * passing
         if self.forward is not None and self.forward.mode == "replay":
             states = sum(t.write_bytes - t.kept_bytes for t in tasks if t.stage == "forward")
+            states += sum(t.write_bytes - t.kept_bytes for t in tasks if t.stage == "walk")
+        else:
+            walked = (t.write_bytes - t.kept_bytes for t in tasks if t.stage == "walk")
+            states += 2 * max(walked, default=0)
         return sum(task.kept_bytes for task in tasks) + states
 
     @property
@@ -318,6 +346,37 @@ def forward_task(forward: ForwardPlan, expert: str, where: str) -> str:
         return f"forward/{expert}/{OUTSIDE}"
     number = next(i for i, step in enumerate(forward.steps) if step.block == where)
     return f"forward/{expert}/{number:04d}"
+
+
+def walk_task(forward: ForwardPlan, where: str) -> str:
+    """The task that merges a block's matrices by the merged model's inputs."""
+    number = next(i for i, step in enumerate(forward.steps) if step.block == where)
+    return f"walk/{number:04d}"
+
+
+def update_key(plan: Plan, matrix: Matrix) -> str:
+    """The task that makes the merged update of a matrix."""
+    if not matrix.walked:
+        return f"merge/{matrix.name}"
+    assert plan.forward is not None
+    return walk_task(plan.forward, matrix.observed_in)
+
+
+def update_results(plan: Plan, matrix: Matrix) -> dict[str, Any]:
+    """Norm and diagnostics of a merged update, from the marker of the task that made it."""
+    results = plan.directory.results(update_key(plan, matrix))
+    found: dict[str, Any] = results[matrix.name]["merged"] if matrix.walked else results
+    return found
+
+
+def observed_results(plan: Plan, expert: str, matrix: Matrix) -> dict[str, Any]:
+    """What the task that saw an expert's inputs of a matrix says of it: norms and tokens."""
+    found: dict[str, Any]
+    if matrix.walked:
+        found = plan.directory.results(update_key(plan, matrix))[matrix.name]["experts"][expert]
+    else:
+        found = plan.directory.results(forward_key(plan, expert, matrix))[matrix.name]
+    return found
 
 
 def load_plan(path: Path) -> Plan:

@@ -34,10 +34,12 @@ from esm_stream.planning.plan import (
     digest,
     forward_task,
     topological,
+    walk_task,
 )
 from esm_stream.planning.treatments import Treatments
 
 GROUP_BYTES = 256 << 20
+WALK_BEGIN = "walk/begin"
 # Base tensors of one measuring task: its sums are kept, whatever it goes over.
 MEASURE_BYTES = 4 << 30
 # Widest intermediate of a block in units of one float32 per token and feature of its widest matrix:
@@ -63,11 +65,15 @@ class TaskBuilder:
         self._layouts = layouts
         self._num_experts = len(opened.experts)
         self._fingerprints: dict[str, str] = {}
-        self._update_keys = {m.name: f"merge/{m.name}" for m in treatments.matrices.values()}
+        self._update_keys = {
+            m.name: walk_task(forward, m.observed_in) if forward and m.walked else f"merge/{m.name}"
+            for m in treatments.matrices.values()
+        }
 
     def build(self) -> dict[str, Task]:
         """All tasks, each after those it depends on."""
         tasks = [*self._forward_stages(), *self._measures(), *self._merges()]
+        tasks += self._walks()
         tasks += self._scales()
         tasks += self._writes()
         return topological([*tasks, self._finish(tasks)])
@@ -80,6 +86,8 @@ class TaskBuilder:
         experts = list(self._opened.experts)
         for name in experts:
             yield self._inputs(name)
+        if not self._matrices_in(ALL):
+            return
         if self._forward.mode == "resident":
             for name in experts:
                 yield self._all_of(name)
@@ -291,7 +299,7 @@ class TaskBuilder:
         return not last or bool(self._matrices_in(OUTSIDE))
 
     def _matrices_in(self, where: str) -> list[Matrix]:
-        matrices = [m for m in self._treatments.matrices.values() if m.moment]
+        matrices = [m for m in self._treatments.matrices.values() if m.observed]
         return matrices if where == ALL else [m for m in matrices if m.observed_in == where]
 
     def _moment_flops(self, m: Matrix) -> float:
@@ -456,7 +464,8 @@ class TaskBuilder:
 
     def _merges(self) -> Iterator[Task]:
         for matrix in self._treatments.matrices.values():
-            yield self._merge(matrix)
+            if not matrix.walked:
+                yield self._merge(matrix)
 
     def _merge(self, m: Matrix) -> Task:
         names = _tensors_of([m])
@@ -521,6 +530,147 @@ class TaskBuilder:
             flops=flops + solving,
             peak_bytes=budget.TASK_OVERHEAD + peak,
             subject=m.name,
+        )
+
+    # Walk ------------------------------------------------------------------------------------
+
+    def _walks(self) -> Iterator[Task]:
+        """The merged model's way through its blocks, up to the last that is merged by it."""
+        walked: dict[str, list[Matrix]] = {}
+        for matrix in self._treatments.matrices.values():
+            if matrix.walked:
+                walked.setdefault(matrix.observed_in, []).append(matrix)
+        if not walked:
+            return
+        yield self._walk_begin()
+        last = max(self._steps.index(block) for block in walked)
+        for number in range(last + 1):
+            matrices = sorted(walked.get(self._steps[number], ()), key=lambda m: m.order)
+            yield self._walk_block(number, matrices, is_last=number == last)
+
+    def _walk_begin(self) -> Task:
+        """What is outside the blocks, merged; in chain mode all samples on their way to block 0."""
+        assert self._forward is not None
+        base, chain = self._opened.base, self._forward.mode == "chain"
+        names = self._tensors_outside(base, self._forward.stem)
+        states = self._num_experts * self._forward.steps[0].state_bytes if chain else 0
+        size = sum(self._target_bytes(name) for name in names)
+        after = [f"inputs/{name}" for name in self._opened.experts]
+        others, identity = self._values_of(names)
+        read = [base, *self._opened.experts.values()]
+        return self._task(
+            WALK_BEGIN,
+            "walk",
+            after=(*after, *others),
+            identity=[self._forward, base.config, identity],
+            reads=tuple(names),
+            read_bytes=sum(_sizes(checkpoint, names) for checkpoint in read),
+            write_bytes=2 * states + size,
+            kept_bytes=states + size,
+            peak_bytes=budget.TASK_OVERHEAD
+            + self._panel_bytes(names)
+            + 3 * self._forward.steps[0].state_bytes,
+            tensors=tuple(names),
+        )
+
+    def _walk_block(self, number: int, matrices: Sequence[Matrix], *, is_last: bool) -> Task:
+        """Merge a block's matrices, one input after the other, and take all samples through it."""
+        assert self._forward is not None
+        base, step = self._opened.base, self._forward.steps[number]
+        experts = list(self._opened.experts.values())
+        parts = _tensors_of(matrices)
+        inside = list(dict.fromkeys([*self._tensors_of_block(step.block), *parts]))
+        others, identity = self._values_of(inside, [m.name for m in matrices])
+        states = tuple(
+            f"walk/{earlier:04d}"
+            for earlier in range(number)
+            if earlier + 1 == number
+            or (self._forward.mode == "replay" and not self._forward.steps[earlier].handed_on)
+        )
+        states = states or ((WALK_BEGIN,) if self._forward.mode == "chain" else ())
+        before = f"walk/{number - 1:04d}" if number else WALK_BEGIN
+        hidden = 0 if is_last else self._num_experts * step.state_bytes
+        updates = sum(m.outputs * m.inputs for m in matrices) * budget.F32
+        tokens = self._hidden_tokens() * self._num_experts
+        passes = len({m.order for m in matrices}) + 1
+        return self._task(
+            f"walk/{number:04d}",
+            "walk",
+            after=tuple(dict.fromkeys([before, *states, WALK_BEGIN, *others])),
+            identity=[
+                list(self._opened.experts),
+                [[m.name, m.parts, m.transposed, m.leader, m.order, m.alpha] for m in matrices],
+                [_method_identity(m, "factor", self._num_experts) for m in matrices],
+                [_method_identity(m, "combine", self._num_experts) for m in matrices],
+                [[c.identity(name) for name in parts] for c in (base, *experts)],
+                identity,
+            ],
+            reads=tuple(inside),
+            writes=tuple(f"factors.zarr/{m.name}/update" for m in matrices),
+            read_bytes=_sizes(base, inside) + sum(_sizes(e, inside) for e in experts),
+            write_bytes=updates + hidden,
+            kept_bytes=updates,
+            flops=2.0 * tokens * passes * _numel(base, inside)
+            + sum(self._walk_flops(m) for m in matrices),
+            peak_bytes=self._walk_peak(inside, matrices, step.state_bytes),
+            subject=step.block,
+            block=number,
+            tensors=tuple(m.name for m in matrices),
+            states=states,
+        )
+
+    def _values_of(
+        self, names: Sequence[str], walked: Sequence[str] = ()
+    ) -> tuple[list[str], list[object]]:
+        """Tasks before the output's values of tensors are known, and what else decides them."""
+        after: list[str] = []
+        identity: list[object] = [self._opened.manifest.output.dtype]
+        for name in names:
+            plan = self._treatments.tensors[name]
+            identity.append([name, plan.treatment, plan.alpha, plan.method, plan.source])
+            models = [self._opened.base, *self._opened.experts.values()]
+            identity.append([model.identity(name) for model in models])
+            if plan.population:
+                sweeps = elementwise_method(self._treatments.populations[plan.population]).sweeps
+                after += [f"total/{plan.population}/{sweep}" for sweep in range(sweeps)]
+            for matrix in (self._treatments.matrices[m] for m in plan.matrices if m not in walked):
+                after.append(self._update_keys[matrix.name])
+                if matrix.scaled:
+                    after.append(f"scale/{matrix.group}")
+        return list(dict.fromkeys(after)), identity
+
+    def _walk_flops(self, m: Matrix) -> float:
+        tokens = self._hidden_tokens() * self._num_experts
+        solving = budget.eigh_flops(m.outputs) + 4.0 * m.outputs**2 * m.inputs
+        return 2.0 * tokens * m.inputs**2 + self._num_experts * _term_flops(m) + solving
+
+    def _walk_peak(self, inside: Sequence[str], matrices: Sequence[Matrix], hidden: int) -> int:
+        """Merged block, sums that are held together, one expert's moments, term or solution."""
+        limit = self._opened.manifest.run.memory // budget.SUMS_SHARE
+        block = 2 * sum(self._target_bytes(name) for name in inside)
+        block += self._cast_bytes(self._opened.base, inside)
+        by_input: dict[int, list[Matrix]] = {}
+        for m in matrices:
+            by_input.setdefault(m.order, []).append(m)
+        widest = max((max(m.outputs, m.inputs) for m in matrices), default=0)
+        at_once = budget.activation_bytes(self._micro_batch_tokens(), widest)
+        held = 0
+        for found in by_input.values():
+            sizes = [_sums_numbers(m) * budget.F64 for m in found]
+            sums = max(*sizes, min(sum(sizes), limit))
+            numbers = 0
+            for m in found:
+                method = method_of(m.method)
+                assert isinstance(method, SumMethod)
+                shape = m.outputs, m.inputs
+                numbers = max(numbers, method.term_numbers(shape), method.solve_numbers(shape))
+            held = max(held, sums + self._moments_bytes(found) + numbers * budget.F64)
+        return budget.TASK_OVERHEAD + block + 3 * hidden + max(at_once, held)
+
+    def _target_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the output."""
+        return next(
+            layout.tensors[name].nbytes for layout in self._layouts if name in layout.tensors
         )
 
     def _scales(self) -> list[Task]:
@@ -716,10 +866,15 @@ def _method_identity(m: Matrix, stage: Literal["factor", "combine"], num_experts
 
 def _sums_bytes(m: Matrix) -> int:
     """Sums of one matrix on disk, two numbers of 8 bytes for each element."""
+    return _sums_numbers(m) * 2 * budget.F64
+
+
+def _sums_numbers(m: Matrix) -> int:
+    """Numbers of the sums of one matrix."""
     method = method_of(m.method)
     assert isinstance(method, SumMethod)
     places = method.places((m.outputs, m.inputs))
-    return sum((p.stop - p.start) * p.columns for p in places) * 2 * budget.F64
+    return sum((p.stop - p.start) * p.columns for p in places)
 
 
 def _term_bytes(method: SumMethod, m: Matrix) -> int:

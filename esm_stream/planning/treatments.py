@@ -23,7 +23,7 @@ from esm_stream.checkpoints.names import (
     role_of,
     stack_of,
 )
-from esm_stream.errors import ManifestError
+from esm_stream.errors import ManifestError, UnsupportedModelError
 from esm_stream.manifest import Graded, Rule
 from esm_stream.methods import (
     at_depth,
@@ -435,7 +435,34 @@ class Treatments:
             observed_in=first.seen.block if first.seen else OUTSIDE,
             routed=first.seen.routed if first.seen else 0.0,
             summed=summed,
+            **self._walked(first, method),
         )
+
+    def _walked(self, piece: Piece, method: AnyMethod) -> dict[str, Any]:
+        """Whether and when a matrix is merged by its inputs in the merged model.
+
+        Raises:
+            UnsupportedModelError: Its block is not one of a row that can be merged one by one.
+        """
+        if not isinstance(method, SumMethod) or not method.inputs_of_merged:
+            return {}
+        trace, seen = self.opened.trace, piece.seen
+        assert trace is not None
+        assert seen is not None
+        why = ""
+        if trace.mode == "resident":
+            why = f"blocks do not come one after the other ({trace.why})"
+        elif seen.block == OUTSIDE:
+            why = "it lies outside the blocks"
+        elif seen.also:
+            why = "several blocks share it"
+        if why:
+            raise UnsupportedModelError(
+                f"'{piece.name}' cannot be merged by its inputs in the merged model: {why}. Give "
+                'it options = { inputs = "expert" }'
+            )
+        order = dict.fromkeys(_stack_of(m.leader) for m in trace.matrices[seen.block])
+        return {"walked": True, "order": list(order).index(_stack_of(seen.leader))}
 
 
 def rule_matches(rule: Rule, name: str) -> bool:
@@ -453,3 +480,8 @@ def _number(value: object) -> float:
 def _parent(name: str) -> str:
     """Name of the attention module that a projection's weight belongs to."""
     return name.rsplit(".", 2)[0]
+
+
+def _stack_of(leader: str) -> str:
+    """Name of what is observed together: all experts of a mixture come at the same time."""
+    return leader.partition("#")[0]

@@ -15,7 +15,7 @@ from typing import Any
 from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.methods import create
 from esm_stream.methods.esm import Esm
-from esm_stream.planning.plan import Matrix, Plan, forward_key
+from esm_stream.planning.plan import Matrix, Plan, observed_results, update_results
 from esm_stream.store.work import WorkDirectory
 
 # Above this, small differences of the inputs decide directions of the result (methods.md 1.3).
@@ -81,7 +81,7 @@ def _calibration(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
     return {
         name: {
             **{k: v for k, v in directory.results(f"inputs/{name}").items() if "bytes" not in k},
-            "tokens": _tokens(plan, directory, name),
+            "tokens": _tokens(plan, name),
         }
         for name in plan.experts
     }
@@ -98,15 +98,15 @@ def _few_samples(plan: Plan, directory: WorkDirectory) -> list[str]:
     ]
 
 
-def _tokens(plan: Plan, directory: WorkDirectory, expert: str) -> int:
+def _tokens(plan: Plan, expert: str) -> int:
     """Positions that matrices have seen of an expert's samples; the most of any matrix."""
     matrices = [matrix for matrix in plan.matrices.values() if matrix.moment]
-    found = (directory.results(forward_key(plan, expert, m))[m.name]["tokens"] for m in matrices)
+    found = (observed_results(plan, expert, matrix)["tokens"] for matrix in matrices)
     return max(found, default=0)
 
 
 def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, Any]:
-    merged = directory.results(f"merge/{matrix.name}")
+    merged = update_results(plan, matrix)
     scale = 1.0
     if matrix.scaled:
         scale = directory.results(f"scale/{matrix.group}")["scales"][matrix.name]
@@ -120,10 +120,7 @@ def _matrix(plan: Plan, directory: WorkDirectory, matrix: Matrix) -> dict[str, A
         **{k: v for k, v in merged.items() if not k.startswith("bytes_read")},
     }
     if matrix.moment:
-        per_expert = {
-            name: directory.results(forward_key(plan, name, matrix))[matrix.name]
-            for name in plan.experts
-        }
+        per_expert = {name: observed_results(plan, name, matrix) for name in plan.experts}
         found["update_norms"] = {name: v["norm"] for name, v in per_expert.items()}
         found["relative_updates"] = {
             name: v["norm"] / v["base_norm"] if v["base_norm"] else 0.0

@@ -1,13 +1,15 @@
 """One expert's model as a stage runs it: blocks loaded whole, everything else when it is used."""
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esm_stream.calibration.arguments import map_tensors, tensors_in
+from esm_stream.calibration.arguments import load_batches, map_tensors, tensors_in
 from esm_stream.calibration.lazy import load_when_used
 from esm_stream.calibration.passes import own_copy
 from esm_stream.calibration.skeleton import (
@@ -19,6 +21,34 @@ from esm_stream.calibration.skeleton import (
 from esm_stream.planning.plan import ForwardPlan
 from esm_stream.stages.context import Context, blame, is_finite
 from esm_stream.stages.transfer import Block
+from esm_stream.store.work import WorkDirectory, in_merged
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """An expert's samples on their way through a model: that expert's own, or the merged one."""
+
+    directory: WorkDirectory
+    expert: str
+    in_merged: bool = False
+
+    @property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Model inputs, micro-batch by micro-batch."""
+        return load_batches(self.directory.inputs(self.expert))
+
+    @property
+    def arguments(self) -> Path:
+        """What the skeleton hands to every block."""
+        return self.directory.arguments(self._way)
+
+    def hidden(self, block: int) -> Path:
+        """Hidden states before a block."""
+        return self.directory.hidden(self._way, block)
+
+    @property
+    def _way(self) -> str:
+        return in_merged(self.expert) if self.in_merged else self.expert
 
 
 class Expert:
@@ -31,6 +61,11 @@ class Expert:
         self._dtype: torch.dtype = getattr(torch, self.forward.dtype)
         self._skeleton = _skeleton(context, self._dtype)
         self._converted: dict[str, Tensor] = {}
+
+    @property
+    def owner(self) -> str:
+        """What messages call it."""
+        return f'expert "{self._context.task.expert}"'
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -62,10 +97,10 @@ class Expert:
             name: Full name of the block.
             model: One that `model` made, for a block with the settings that a forward gave it.
         """
-        context, device = self._context, self._context.device
+        device = self._context.device
 
         def read(tensor: str) -> Tensor:
-            return context.tensor(context.task.expert, tensor).to(device)
+            return self._tensor(tensor).to(device)
 
         values = self._skeleton.load(name, read)
         block = own_copy((model or self._skeleton.model).get_submodule(name))
@@ -92,8 +127,8 @@ class Expert:
         output = map_tensors(output, Tensor.cpu)
         self.require_finite(
             output,
-            f"block '{name}' of expert \"{self._context.task.expert}\" gives NaN or Inf on its "
-            'calibration samples; try [calibration] dtype = "float32"',
+            f"block '{name}' of {self.owner} gives NaN or Inf on its calibration samples; "
+            'try [calibration] dtype = "float32"',
         )
         return output
 
@@ -103,8 +138,7 @@ class Expert:
         Raises:
             DataError: Naming the tensor of the expert that is to blame, else `otherwise`.
         """
-        floats = (t for t in tensors_in(value) if t.is_floating_point())
-        if not all(is_finite(tensor) for tensor in floats):
+        if not all_finite(value):
             stored = self._skeleton.stored
             outside = (stored[name] for name in self.forward.outside if name in stored)
             raise blame(self._context, [*self._context.task.reads, *outside], otherwise)
@@ -113,14 +147,27 @@ class Expert:
         """A parameter outside the blocks, in place where it is stored as it is used."""
         if parameter in self._converted:
             return self._converted[parameter]
-        reader, skeleton = self._context.reader(self._context.task.expert), self._skeleton
+        skeleton = self._skeleton
         if parameter in skeleton.stored:
-            value = reader.lookup(skeleton.stored[parameter])
+            value = self._lookup(skeleton.stored[parameter])
             if value.dtype == skeleton.dtypes[parameter]:
                 return value
-        found = skeleton.values([parameter], reader.tensor)
+        found = skeleton.values([parameter], self._tensor)
         self._converted |= found
         return found[parameter]
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor of the checkpoint."""
+        return self._context.tensor(self._context.task.expert, name)
+
+    def _lookup(self, name: str) -> Tensor:
+        """A tensor outside the blocks, of which a few rows may be used."""
+        return self._context.reader(self._context.task.expert).lookup(name)
+
+
+def all_finite(value: Any) -> bool:  # noqa: ANN401 - nested tensors
+    """Whether no tensor of a nested value has NaN or Inf."""
+    return all(is_finite(tensor) for tensor in tensors_in(value) if tensor.is_floating_point())
 
 
 def _skeleton(context: Context, dtype: torch.dtype) -> Skeleton:

@@ -10,9 +10,10 @@ A task is one block (chain, replay), what is outside the blocks, or the whole fo
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from transformers import PreTrainedModel
 from esm_stream.calibration.arguments import (
     HIDDEN,
     Call,
-    load_batches,
     load_value,
     load_values,
     save_values,
@@ -36,7 +36,7 @@ from esm_stream.errors import UnsupportedModelError
 from esm_stream.planning.plan import ALL, Plan, Task
 from esm_stream.stages import transfer
 from esm_stream.stages.context import Context, TaskResult
-from esm_stream.stages.expert import Expert
+from esm_stream.stages.expert import Expert, Samples
 from esm_stream.stages.observation import Observation
 from esm_stream.stopping import check
 
@@ -68,7 +68,7 @@ def _is_block(task: Task) -> bool:
 
 def _observation(context: Context, where: str) -> Observation:
     """Moments of the matrices of a block, or of those outside and those that blocks share."""
-    matrices = [m for m in context.plan.matrices.values() if m.moment]
+    matrices = [m for m in context.plan.matrices.values() if m.observed]
     alone = [m for m in matrices if m.observed_in == where and (where == OUTSIDE or not m.also)]
     shared = [m for m in matrices if m.also and m.observed_in != OUTSIDE and where == OUTSIDE]
     return Observation(context, [*alone, *shared])
@@ -78,28 +78,32 @@ def _observation(context: Context, where: str) -> Observation:
 
 
 def _run_block(context: Context, result: TaskResult) -> None:
-    plan, task, directory = context.plan, context.task, context.directory
-    following = context.following
-    expert = Expert(context)
+    plan, task, following = context.plan, context.task, context.following
+    expert, samples = Expert(context), Samples(context.directory, context.task.expert)
     step = expert.forward.steps[task.block]
     ahead = _block(plan, following) if following and _is_block(following) else None
     transfer.bring(context, _block(plan, task), ahead)
     observation = _observation(context, step.block)
-    block = expert.block(step.block)
-    compute = partial(expert.compute, step.block, block)
-    with _seen_by(observation, block, step.block):
-        if expert.forward.mode == "chain":
-            outputs = _in_chain(context, compute)
-        else:
-            outputs = _in_replay(context, expert, compute)
-    del block, compute
+    outputs = _outputs(expert, samples, task.block, observation)
     if plan.readers_of_state[task.key]:
-        path = directory.hidden(task.expert, task.block + 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_values(path, outputs)
-        result.outputs.append(directory.record(path, transient=True))
+        path = samples.hidden(task.block + 1)
+        save_outputs(expert, path, outputs)
+        result.outputs.append(context.directory.record(path, transient=True))
     del outputs
     observation.factor(result)
+
+
+def _outputs(expert: Expert, samples: Samples, number: int, observation: Observation) -> list[Any]:
+    """Run a block on all samples while its matrices are observed."""
+    name, outputs = expert.forward.steps[number].block, []
+    block = expert.block(name)
+
+    def visit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outputs.append(expert.compute(name, block, args, kwargs))
+
+    with _seen_by(observation, block, name):
+        visit_calls(expert, samples, number, visit)
+    return outputs
 
 
 def _block(plan: Plan, task: Task) -> transfer.Block:
@@ -107,18 +111,28 @@ def _block(plan: Plan, task: Task) -> transfer.Block:
     return transfer.Block(task.expert, plan.forward.steps[task.block].block, task.reads)
 
 
-def _in_chain(context: Context, compute: Compute) -> list[Any]:
-    """Outputs of the task's block: the hidden state alone, all micro-batches."""
-    task, directory = context.task, context.directory
-    calls: list[Call] = load_value(directory.arguments(task.expert), task.block)
-    states = load_values(directory.hidden(task.expert, task.block))
-    outputs = []
-    for call, hidden in zip(calls, states, strict=True):
-        check()
-        args, kwargs = _with_hidden(call, hidden)
-        output = compute(args, kwargs)
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-    return outputs
+def visit_calls(expert: Expert, samples: Samples, number: int, visit: Callable[..., None]) -> None:
+    """Reach a block with all samples; `visit` gets the arguments of each of its calls."""
+    if expert.forward.mode == "chain":
+        calls: list[Call] = load_value(samples.arguments, number)
+        for call, hidden in zip(calls, load_values(samples.hidden(number)), strict=True):
+            check()
+            visit(*_with_hidden(call, hidden))
+        return
+
+    def finish(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        visit(args, kwargs)
+        raise PassEndedError
+
+    _replay(expert, samples, expert.model(), number, finish)
+
+
+def save_outputs(expert: Expert, path: Path, outputs: list[Any]) -> None:
+    """Keep a block's outputs for the tasks after it: in chain mode the hidden states alone."""
+    if expert.forward.mode == "chain":
+        outputs = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_values(path, outputs)
 
 
 def _with_hidden(call: Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,21 +141,9 @@ def _with_hidden(call: Call, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str,
     return args, {k: hidden if value is HIDDEN else value for k, value in call.kwargs.items()}
 
 
-def _in_replay(context: Context, expert: Expert, compute: Compute) -> list[Any]:
-    """Whole outputs of the task's block, reached by a forward with stored outputs."""
-    outputs: list[Any] = []
-
-    def finish(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        outputs.append(compute(args, kwargs))
-        raise PassEndedError
-
-    _replay(context, expert, expert.model(), context.task.block, finish)
-    return outputs
-
-
 def _replay(
-    context: Context,
     expert: Expert,
+    samples: Samples,
     model: PreTrainedModel,
     end: int,
     finish: Compute | None = None,
@@ -151,9 +153,9 @@ def _replay(
     Outputs that only the next block reads are not needed again, and stood in for. `finish` answers
     for block `end`, if there is one.
     """
-    directory, name, steps = context.directory, context.task.expert, expert.forward.steps
+    steps = expert.forward.steps
     with blocks_answered(model, expert.block_names):
-        for index, batch in enumerate(load_batches(directory.inputs(name))):
+        for index, batch in enumerate(samples.batches):
             check()
 
             def answer(
@@ -167,7 +169,7 @@ def _replay(
                 step = steps[number]
                 if step.handed_on and number + 1 != end:
                     return stand_in(step, args, kwargs)
-                stored = load_value(directory.hidden(name, number + 1), index)
+                stored = load_value(samples.hidden(number + 1), index)
                 if expert.forward.mode == "chain" and step.extra >= 0:
                     return (stored, *([None] * step.extra))
                 return stored
@@ -181,9 +183,9 @@ def _replay(
 def _run_outside(context: Context, result: TaskResult) -> None:
     expert = Expert(context)
     observation = _observation(context, OUTSIDE)
-    model = expert.model()
+    samples, model = Samples(context.directory, context.task.expert), expert.model()
     with _seen_by(observation, model):
-        _replay(context, expert, model, len(expert.forward.steps))
+        _replay(expert, samples, model, len(expert.forward.steps))
     observation.factor(result)
 
 
@@ -195,7 +197,7 @@ def _run_all(context: Context, result: TaskResult) -> None:
     expert = Expert(context)
     model = expert.model()
     outside = _observation(context, OUTSIDE)
-    batches = load_batches(context.directory.inputs(context.task.expert))
+    batches = Samples(context.directory, context.task.expert).batches
     passes = [SuspendedPass(partial(run_pass, model, expert.inputs(b))) for b in batches]
     with ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng(devices=[]))
@@ -256,6 +258,12 @@ def _run_in_step(
 def _seen_by(
     observation: Observation, root: nn.Module, name: str = ""
 ) -> AbstractContextManager[None]:
-    """While active, the observation sees what its matrices in a module are multiplied with."""
-    keys = [key for key in observation.keys if not name or key.startswith(f"{name}.")]
-    return observe_inputs(root, observation.see, keys, name) if keys else nullcontext()
+    return seen_by(observation.see, observation.keys, root, name)
+
+
+def seen_by(
+    see: Callable[[str, Tensor], None], keys: Iterable[str], root: nn.Module, name: str = ""
+) -> AbstractContextManager[None]:
+    """While active, `see` gets what matrices of a module are multiplied with."""
+    inside = [key for key in keys if not name or key.startswith(f"{name}.")]
+    return observe_inputs(root, see, inside, name) if inside else nullcontext()

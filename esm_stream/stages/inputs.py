@@ -63,11 +63,11 @@ def require_room(plan: Plan, expert: str, proxies: Proxies) -> None:
     largest, expected = max(proxies.sizes), len(proxies.sizes) * forward.tokens_per_sample
     widest = max(max(m.outputs, m.inputs) for m in plan.matrices.values() if m.moment)
     state = max(step.state_bytes for step in forward.steps) if forward.steps else 0
-    tasks = [t for t in plan.of_stage("forward") if t.expert == expert]
-    task = max(tasks, key=lambda task: task.peak_bytes)
+    own = [task for task in plan.of_stage("forward") if task.expert == expert]
+    task = max([*own, *plan.of_stage("walk")], key=lambda task: task.peak_bytes)
     more = activation_bytes(max(0, largest - planned), widest)
     more += int(3 * state * max(0.0, sum(proxies.sizes) / expected - 1))
-    if task.peak_bytes + more > plan.memory:
+    if more and task.peak_bytes + more > plan.memory:
         number = proxies.samples[proxies.sizes.index(largest)]
         raise BudgetError(
             f'expert "{expert}", sample {number}: a model makes about {largest} positions of it, '

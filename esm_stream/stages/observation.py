@@ -69,7 +69,7 @@ def factor(
     if matrix.summed:
         return {
             **sums.add_observed(context, matrix, moment),
-            "base_norm": _base_norm(context, matrix),
+            "base_norm": base_norm(context, matrix),
             "tokens": moment.tokens,
             "too_few": int(moment.tokens == 0),
         }
@@ -82,7 +82,7 @@ def factor(
     result.outputs += [context.directory.record(path) for path in written]
     return {
         "norm": factors.norm,
-        "base_norm": _base_norm(context, matrix),
+        "base_norm": base_norm(context, matrix),
         "rank": int(factors.basis_OK.shape[1]),
         "tokens": moment.tokens,
         "too_few": int(few),
@@ -94,6 +94,6 @@ def _moment_key(matrix: Matrix) -> str:
     return str(matrix.leader) if matrix.moment == "input" else f"shift of {matrix.name}"
 
 
-def _base_norm(context: Context, matrix: Matrix) -> float:
+def base_norm(context: Context, matrix: Matrix) -> float:
     """Frobenius norm of the base's matrix, to judge how large the update is."""
     return math.hypot(*(frobenius_norm(context.part(BASE, matrix, p)) for p in matrix.parts))

@@ -3,7 +3,7 @@
 from esm_stream.methods import create
 from esm_stream.methods.esm import Esm
 from esm_stream.methods.profiles import Profile
-from esm_stream.planning.plan import Matrix, Plan
+from esm_stream.planning.plan import Matrix, Plan, update_results
 from esm_stream.scaling.layer import layer_scales
 from esm_stream.stages.context import Context, TaskResult
 
@@ -11,8 +11,9 @@ from esm_stream.stages.context import Context, TaskResult
 def run(context: Context) -> TaskResult:
     """Scales of all matrices of one group, from the norms of pass 1."""
     names = context.task.tensors
-    norms = {name: context.directory.results(f"merge/{name}")["norm"] for name in names}
-    profile = _profile(context.plan)
+    plan = context.plan
+    norms = {name: update_results(plan, plan.matrices[name])["norm"] for name in names}
+    profile = _profile(plan)
     scales = layer_scales(norms, profile.exponent, profile.variant)
     return TaskResult(values={"scales": scales})
 

@@ -10,18 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from esm_stream.calibration.arguments import Call, load_batches, save_values
+from esm_stream.calibration.arguments import Call, save_values
 from esm_stream.calibration.passes import PassEndedError, blocks_answered, run_pass
 from esm_stream.calibration.trace import as_call, stand_in
 from esm_stream.stages.context import Context, TaskResult
-from esm_stream.stages.expert import Expert
+from esm_stream.stages.expert import Expert, Samples
 from esm_stream.stopping import check
+from esm_stream.store.work import Output
 
 
 def run(context: Context) -> TaskResult:
     """Run the skeleton on all micro-batches of one expert."""
-    name, directory = context.task.expert, context.directory
-    expert = Expert(context)
+    samples = Samples(context.directory, context.task.expert)
+    return TaskResult(run_stem(context, Expert(context), samples))
+
+
+def run_stem(context: Context, expert: Expert, samples: Samples) -> list[Output]:
+    """Run a model's skeleton on an expert's samples; returns the files written."""
     model, steps = expert.model(), expert.forward.steps
     states: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in steps]
@@ -32,7 +37,7 @@ def run(context: Context) -> TaskResult:
         if number == 0:
             expert.require_finite(
                 hidden,
-                f'what precedes block 0 of expert "{name}" gives NaN or Inf on its calibration '
+                f"what precedes block 0 of {expert.owner} gives NaN or Inf on its calibration "
                 "samples; check the samples",
             )
             states.append(hidden.clone())
@@ -41,11 +46,12 @@ def run(context: Context) -> TaskResult:
         return stand_in(steps[number], args, kwargs)
 
     with blocks_answered(model, expert.block_names):
-        for batch in load_batches(directory.inputs(name)):
+        for batch in samples.batches:
             check()
             run_pass(model, expert.inputs(batch), record)
-    arguments, hidden = directory.arguments(name), directory.hidden(name, 0)
+    arguments, hidden = samples.arguments, samples.hidden(0)
     arguments.parent.mkdir(parents=True, exist_ok=True)
     save_values(arguments, calls)
     save_values(hidden, states)
-    return TaskResult([directory.record(arguments), directory.record(hidden, transient=True)])
+    directory = context.directory
+    return [directory.record(arguments), directory.record(hidden, transient=True)]

@@ -62,7 +62,7 @@ def bring(context: Context, block: Block, following: Block | None) -> None:
 
 def _wanted(plan: Plan, block: Block) -> Wanted:
     """A block's tensors, and the base's of the matrices observed in it."""
-    observed = (m for m in plan.matrices.values() if m.moment and m.observed_in == block.name)
+    observed = (m for m in plan.matrices.values() if m.observed and m.observed_in == block.name)
     parts = dict.fromkeys(part.tensor for m in observed for part in m.parts)
     own = dict.fromkeys(block.tensors) | parts
     return {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esm_stream.budget import PANEL_BYTES
+from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Matrix, Part, Plan, TensorPlan
@@ -57,26 +58,37 @@ def run_seal(context: Context) -> TaskResult:
 def _write_tensor(
     context: Context, plan: TensorPlan, layout: ShardLayout, writer: ShardWriter
 ) -> None:
-    stored = context.reader(plan.source or BASE).checkpoint.tensors[plan.name]
     target = layout.tensors[plan.name]
-    if not target.kind.is_float or (plan.treatment == "copy" and stored.kind == target.kind):
+    if is_copied(context, plan, target):
         _copy(context, plan, writer)
         return
-    merge = _WAYS[plan.treatment]
-    dtype: torch.dtype = getattr(torch, str(target.kind.torch_name))
     size = target.kind.bits // 8
-    for first, merged_N in _rounded(merge(context, plan), dtype):
+    for first, merged in output_elements(context, plan, target):
         check()
-        writer.write_bytes(plan.name, first * size, merged_N.view(torch.uint8))
+        writer.write_bytes(plan.name, first * size, merged.view(torch.uint8))
+
+
+def is_copied(context: Context, plan: TensorPlan, target: TensorInfo) -> bool:
+    """Whether the output has a tensor's bytes as they are in the base, or in plan.source."""
+    stored = context.reader(plan.source or BASE).checkpoint.tensors[plan.name]
+    return not target.kind.is_float or (plan.treatment == "copy" and stored.kind == target.kind)
+
+
+def output_elements(
+    context: Context, plan: TensorPlan, target: TensorInfo
+) -> Iterator[tuple[int, Tensor]]:
+    """Elements of a tensor as the output has them, from some element on; vectors, rounded once.
+
+    What is given is overwritten by what follows.
+    """
+    dtype: torch.dtype = getattr(torch, str(target.kind.torch_name))
+    return _rounded(_WAYS[plan.treatment](context, plan), dtype)
 
 
 def _rounded(
     panels: Iterable[tuple[int, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
-    """Panels flat and in the output's dtype; small ones that follow each other in one piece.
-
-    What is given is overwritten by what follows.
-    """
+    """Panels flat and in the output's dtype; small ones that follow each other in one piece."""
     gathered_N = torch.empty(GATHERED_BYTES // dtype.itemsize, dtype=dtype)
     begin = filled = 0
     for first, merged in panels:

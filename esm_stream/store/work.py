@@ -24,6 +24,11 @@ _SAFE: Final = "{},*=+@"
 _HASH_BYTES: Final = 4 << 20
 
 
+def in_merged(expert: str) -> str:
+    """Name for an expert's samples in the merged model; no expert is called so."""
+    return f"@{expert}"
+
+
 def file_name(name: str) -> str:
     """A tensor or role name as one path component."""
     return quote(name, safe=_SAFE)
