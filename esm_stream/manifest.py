@@ -182,6 +182,41 @@ class Split(Section):
     )
 
 
+class Lines(Section):
+    """LiNeS: a factor a + b * depth, from a in the first block to a + b in the last."""
+
+    a: float | None = Field(
+        default=None,
+        ge=0,
+        description="Factor of the first block and of what is outside the blocks; without it the "
+        "one that gives the merged update the magnitude of the mean of the experts' updates.",
+    )
+    b: float = Field(default=0.5, description="What the factor gains up to the last block.")
+
+
+class Post(Section):
+    """What is done to merged updates afterwards, whatever method merged them."""
+
+    svc: float | None = Field(
+        default=None,
+        gt=0,
+        description="Singular value calibration of the matrices in the blocks: lower bound of the "
+        "projections; 1 only scales down what experts have in common.",
+    )
+    layers: float | None = Field(
+        default=None,
+        gt=0,
+        description="Layer scaling of the matrices in the blocks: (norm / mean norm of the "
+        "matrices of one role)^layers.",
+    )
+    lines: Lines | None = Field(
+        default=None, description="Scaling by depth; alpha is 1 where none is given."
+    )
+    alpha: float = Field(
+        default=1.0, description="Coefficient of everything merged, averages included."
+    )
+
+
 class Merge(Section):
     """Method, its options, and exceptions by tensor."""
 
@@ -197,6 +232,7 @@ class Merge(Section):
         "last; experts that are not named have 1.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    post: Post = Field(default=Post(), description="What is done to merged updates afterwards.")
     fuse: tuple[tuple[Pattern, ...], ...] = Field(
         default=(),
         description="Tensors of one module that form one matrix together: one pattern for each, "
@@ -411,6 +447,11 @@ def _known_keys(loc: Sequence[int | str]) -> list[str]:
     }
     if not loc:
         return list(Manifest.model_fields)
-    nested: dict[int | str, type[Section]] = {"rules": Rule, "split": Split}
+    nested: dict[int | str, type[Section]] = {
+        "rules": Rule,
+        "split": Split,
+        "lines": Lines,
+        "post": Post,
+    }
     section = next((nested[step] for step in loc if step in nested), sections[str(loc[0])])
     return list(section.model_fields)

@@ -93,13 +93,15 @@ def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
         from esm_stream.stages import walk
 
         return walk.run
-    from esm_stream.stages import finish, measure, merge, scale, write
+    from esm_stream.stages import finish, lines, measure, merge, scale, write
 
     bodies: dict[Stage, Callable[[Context], TaskResult]] = {
         "measure": measure.run,
         "total": measure.run_total,
         "merge": merge.run,
         "scale": scale.run,
+        "magnitudes": lines.run,
+        "lines": lines.run_total,
         "write": write.run,
         "seal": write.run_seal,
         "finish": finish.run,

@@ -23,6 +23,8 @@ NAMES = {
     "total": "totals",
     "walk": "merge block by block",
     "scale": "layer scales",
+    "magnitudes": "magnitudes",
+    "lines": "scale over depth",
     "write": "write tensors",
     "seal": "seal shards",
     "finish": "finish",

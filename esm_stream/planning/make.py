@@ -55,6 +55,8 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         tensors=treatments.tensors,
         tasks=tasks,
         populations=treatments.populations,
+        layer_level=treatments.layer_level,
+        lines_slope=treatments.lines_slope,
         notes=(*opened.notes, *treatments.unobserved(), *treatments.unused_patterns()),
     )
 

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from esm_stream.calibration.steps import OUTSIDE, Mode, Step
 from esm_stream.methods import at_depth
+from esm_stream.scaling import Variant
 from esm_stream.store.work import SCHEMA, WorkDirectory, in_merged
 
 ALL: Final = "all"
@@ -34,6 +35,8 @@ Stage = Literal[
     "merge",
     "walk",
     "scale",
+    "magnitudes",
+    "lines",
     "write",
     "seal",
     "finish",
@@ -47,6 +50,8 @@ STAGES: Final[tuple[Stage, ...]] = (
     "merge",
     "walk",
     "scale",
+    "magnitudes",
+    "lines",
     "write",
     "seal",
     "finish",
@@ -94,7 +99,8 @@ class Matrix:
     `routed`: of experts of a mixture, which may see too few tokens, how many inputs they get
     together for one token; 0 for other matrices. `scaled`: layer scaling applies. `summed`: merged
     from sums over the experts, not from factors of each. `walked`: its inputs are those in the
-    merged model, and `order` says when in its block they are there.
+    merged model, and `order` says when in its block they are there. `svc`: lower bound of the
+    projections of singular value calibration, None without.
     """
 
     name: str
@@ -116,6 +122,7 @@ class Matrix:
     summed: bool = False
     walked: bool = False
     order: int = 0
+    svc: float | None = None
 
     @property
     def observed(self) -> bool:
@@ -139,7 +146,8 @@ class TensorPlan:
 
     "copy" takes the base's, or that of the expert named by `source`. "equal" tensors are copied
     too, but all experts have to agree with the base. `matrices` are those that "factors" cut it
-    into. `population` names the tensors whose statistics this one shares.
+    into. `population` names the tensors whose statistics this one shares; `depth` is how deep in
+    the model it lies.
     """
 
     name: str
@@ -150,6 +158,7 @@ class TensorPlan:
     why: str = ""
     source: str = ""
     population: str = ""
+    depth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `merge` will do, and what it costs."""
+    """Everything `merge` will do, and what it costs.
+
+    `layer_level`: exponent and variant of layer scaling, of the matrices that have it.
+    `lines_slope`: what LiNeS adds from the first block to the last, if its first factor has to be
+    found by a pass over the model.
+    """
 
     version: str
     schema: int
@@ -225,6 +239,8 @@ class Plan:
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
     populations: dict[str, MethodChoice] = field(default_factory=dict)
+    layer_level: tuple[float, Variant] | None = None
+    lines_slope: float | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -23,7 +23,7 @@ from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
-from esm_stream.methods.contract import SpectralMethod, SumMethod
+from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod, SumMethod
 from esm_stream.methods.regmean import RegMean
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import (
@@ -37,6 +37,7 @@ from esm_stream.planning.plan import (
     walk_task,
 )
 from esm_stream.planning.treatments import Treatments
+from esm_stream.scaling.singular import calibration_numbers
 
 GROUP_BYTES = 256 << 20
 WALK_BEGIN = "walk/begin"
@@ -75,6 +76,7 @@ class TaskBuilder:
         tasks = [*self._forward_stages(), *self._measures(), *self._merges()]
         tasks += self._walks()
         tasks += self._scales()
+        tasks += self._lines()
         tasks += self._writes()
         return topological([*tasks, self._finish(tasks)])
 
@@ -504,11 +506,24 @@ class TaskBuilder:
             if isinstance(method, SumMethod):
                 peak = max(combine, _term_bytes(method, m))
                 flops = self._num_experts * _term_flops(m)
+            if isinstance(method, ElementwiseMethod):
+                after = self._totals_of(m)
+                peak = update + self._panel_bytes(names)
+                flops = 0.0
             identity = [
                 [c.identity(n) for c in everyone for n in names],
                 _method_identity(m, "factor", self._num_experts),
                 m.method.weights,
             ]
+        if m.svc is not None:
+            everyone = [self._opened.base, *self._opened.experts.values()]
+            read += sum(_part_bytes(c, m) for c in everyone)
+            peak = max(peak, calibration_numbers((m.outputs, m.inputs)) * budget.F64)
+            side = min(m.outputs, m.inputs)
+            solving += 2.0 * self._num_experts * m.outputs * m.inputs * side
+            identity.append([m.svc, [c.identity(n) for c in everyone for n in names]])
+        if self._treatments.lines_slope is not None:
+            identity.append("magnitude")
         return self._task(
             self._update_keys[m.name],
             "merge",
@@ -522,7 +537,7 @@ class TaskBuilder:
                 _method_identity(m, "combine", self._num_experts),
                 *identity,
             ],
-            reads=() if m.moment else tuple(names),
+            reads=tuple(names) if read else (),
             writes=(f"factors.zarr/{m.name}/update",),
             read_bytes=read,
             write_bytes=update + sums,
@@ -678,8 +693,7 @@ class TaskBuilder:
         for matrix in self._treatments.matrices.values():
             if matrix.scaled:
                 groups.setdefault(matrix.group, []).append(matrix)
-        profile = self._treatments.profile
-        options = [profile.exponent, profile.variant] if profile else []
+        options = list(self._treatments.layer_level or ())
         return [
             self._task(
                 f"scale/{group}",
@@ -692,6 +706,62 @@ class TaskBuilder:
             )
             for group, matrices in groups.items()
         ]
+
+    def _totals_of(self, m: Matrix) -> tuple[str, ...]:
+        """Tasks that leave the statistics which a matrix shares with others."""
+        populations = {self._treatments.tensors[part.tensor].population for part in m.parts}
+        return tuple(
+            f"total/{population}/{sweep}"
+            for population in sorted(populations - {""})
+            for sweep in range(elementwise_method(self._treatments.populations[population]).sweeps)
+        )
+
+    # LiNeS -----------------------------------------------------------------------------------
+
+    def _lines(self) -> Iterator[Task]:
+        """A pass over the model for the first factor of LiNeS, where the manifest gives none."""
+        if self._treatments.lines_slope is None:
+            return
+        merged = [
+            plan.name
+            for plan in self._treatments.tensors.values()
+            if plan.treatment in ("elementwise", "factors")
+        ]
+        keys = []
+        everyone = [self._opened.base, *self._opened.experts.values()]
+        for number, names in enumerate(_groups(merged, self._opened.base.tensors, MEASURE_BYTES)):
+            plans = [self._treatments.tensors[name] for name in names]
+            totals = {p.population for p in plans if p.treatment == "elementwise"} - {""}
+            task = self._task(
+                f"magnitudes/{number:04d}",
+                "magnitudes",
+                after=tuple(
+                    f"total/{population}/{sweep}"
+                    for population in sorted(totals)
+                    for sweep in range(
+                        elementwise_method(self._treatments.populations[population]).sweeps
+                    )
+                ),
+                identity=[
+                    [[p.name, p.treatment, p.method] for p in plans],
+                    [c.identity(n) for c in everyone for n in names],
+                ],
+                reads=tuple(names),
+                read_bytes=sum(_sizes(c, names) for c in everyone),
+                peak_bytes=budget.TASK_OVERHEAD + self._panel_bytes(names),
+                tensors=tuple(names),
+            )
+            keys.append(task.key)
+            yield task
+        matrices = self._treatments.matrices.values()
+        scales = dict.fromkeys(f"scale/{m.group}" for m in matrices if m.scaled)
+        yield self._task(
+            "lines",
+            "lines",
+            after=(*keys, *self._update_keys.values(), *scales),
+            identity=[],
+            peak_bytes=budget.TASK_OVERHEAD,
+        )
 
     # Write -----------------------------------------------------------------------------------
 
@@ -721,7 +791,11 @@ class TaskBuilder:
             read += self._opened.base.tensors[plan.name].nbytes
             identity.append([plan.name, plan.treatment, plan.alpha])
             identity.append(self._opened.base.identity(plan.name))
-            if plan.population:
+            if self._treatments.lines_slope is not None and plan.method is not None:
+                identity.append([self._treatments.lines_slope, plan.depth])
+                after.append("lines")
+                depends.append("lines")
+            if plan.population and plan.treatment == "elementwise":
                 sweeps = elementwise_method(self._treatments.populations[plan.population]).sweeps
                 totals = [f"total/{plan.population}/{sweep}" for sweep in range(sweeps)]
                 after += totals

@@ -40,6 +40,8 @@ from esm_stream.methods.profiles import Profile, default_alpha
 from esm_stream.planning.opening import Opened
 from esm_stream.planning.pieces import Piece, Pieces
 from esm_stream.planning.plan import Matrix, MethodChoice, Part, TensorPlan, digest
+from esm_stream.scaling import Variant
+from esm_stream.scaling.lines import factor
 
 _FUSED_KINDS = ("q", "k", "v")
 UNOBSERVED = "no hook sees its input"
@@ -49,12 +51,16 @@ IMPLIED_KINDS = {"gate": "up", "gate_up": "up"}
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """How one tensor is to be merged, before matrices are formed."""
+    """How one tensor is to be merged, before matrices are formed.
+
+    `beside`: by what stands in where the merge's method does not apply.
+    """
 
     method: MethodChoice
     alpha: float
     why: str
     fuse: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,26 @@ class Treatments:
         method = self._method(self._chosen(self._merge.method, self._merge.options, {}, 0.0))
         self.profile: Profile | None = method.profile if isinstance(method, Esm) else None
         self._copied = matcher(self.profile.copy_from_base if self.profile else ())
+        self.layer_level = self._layer_level()
+        lines = self._merge.post.lines
+        self.lines_slope = lines.b if lines and lines.a is None else None
         self._decide()
+
+    def _layer_level(self) -> tuple[float, Variant] | None:
+        """Exponent and variant of layer scaling, asked for by [merge.post] or the profile.
+
+        Raises:
+            ManifestError: By both.
+        """
+        exponent, profile = self._merge.post.layers, self.profile
+        if profile is None or "layer" not in profile.levels:
+            return None if exponent is None else (exponent, "both")
+        if exponent is not None:
+            raise ManifestError(
+                "merge.post.layers: the method's profile scales layers already; remove one of "
+                'them, or leave "layer" out of levels in [merge.options]'
+            )
+        return profile.exponent, profile.variant
 
     def _method(self, choice: MethodChoice) -> AnyMethod:
         return create(choice.name, choice.options, choice.modality)
@@ -124,6 +149,8 @@ class Treatments:
         """Coefficient of one tensor that the merge's method is for."""
         if not isinstance(alpha, str):
             return _number(interpolated(alpha, self._depths.of(name)))
+        if self._merge.post.lines is not None:
+            return 1.0
         if self.profile is None:
             method = method_class(self._merge.method)
             if issubclass(method, Method):
@@ -146,32 +173,44 @@ class Treatments:
                 choice = self._choose(info)
                 if isinstance(choice, TensorPlan):
                     self.tensors[name] = choice
-                elif merges_matrices(self._method(choice.method)):
+                    continue
+                choice = replace(choice, alpha=choice.alpha * self._post_factor(name))
+                plan = self._tensor(name, choice)
+                if self._is_merged_whole(info, choice):
                     waiting += [_Unit(piece, choice) for piece in self.pieces.of(info)]
-                    self.tensors[name] = TensorPlan(name, "factors", choice.alpha, why=choice.why)
-                else:
-                    self.tensors[name] = self._elementwise(name, choice)
+                    plan = replace(plan, treatment="factors")
+                self.tensors[name] = plan
         for group in self._fused(waiting):
             matrix = self._matrix(group)
             self.matrices[matrix.name] = matrix
             for part in matrix.parts:
                 plan = self.tensors[part.tensor]
-                names = dict.fromkeys((*plan.matrices, matrix.name))
-                self.tensors[part.tensor] = TensorPlan(
-                    part.tensor,
-                    "factors",
-                    matrix.alpha,
-                    matrix.method,
-                    tuple(names),
-                    plan.why,
+                names = tuple(dict.fromkeys((*plan.matrices, matrix.name)))
+                self.tensors[part.tensor] = replace(
+                    plan, alpha=matrix.alpha, method=matrix.method, matrices=names
                 )
 
-    def _elementwise(self, name: str, choice: _Choice) -> TensorPlan:
+    def _post_factor(self, name: str) -> float:
+        """What [merge.post] multiplies a merged tensor by, as far as the manifest says it."""
+        post = self._merge.post
+        if post.lines is None or post.lines.a is None:
+            return post.alpha
+        return post.alpha * factor(post.lines.a, post.lines.b, self._depths.of(name))
+
+    def _is_merged_whole(self, info: TensorInfo, choice: _Choice) -> bool:
+        """Whether the merged update of a tensor's matrices is made, and stored, as a whole."""
+        if merges_matrices(self._method(choice.method)):
+            return True
+        post = self._merge.post
+        wanted = post.svc is not None or post.layers is not None
+        in_block = block_of(info.name) is not None
+        return wanted and in_block and not choice.beside and self._is_matrix(info)
+
+    def _tensor(self, name: str, choice: _Choice) -> TensorPlan:
         """A tensor merged panel by panel, with the tensors it shares statistics with."""
         method = self._method(choice.method)
-        assert isinstance(method, ElementwiseMethod)
         population = ""
-        if method.sweeps and method.scope == "model":
+        if isinstance(method, ElementwiseMethod) and method.sweeps and method.scope == "model":
             population = f"{choice.method.name}-{digest(asdict(choice.method))[:12]}"
             self.populations[population] = choice.method
         return TensorPlan(
@@ -181,6 +220,7 @@ class Treatments:
             choice.method,
             why=choice.why,
             population=population,
+            depth=self._depths.of(name),
         )
 
     def _fused(self, waiting: list[_Unit]) -> Iterable[list[_Unit]]:
@@ -342,15 +382,15 @@ class Treatments:
             method = self._method(main)
             if self._merges(method, info):
                 return _Choice(main, alpha, "the method")
-            return _Choice(average, 1.0, self._why_other(info))
+            return _Choice(average, 1.0, self._why_other(info), beside=True)
         if self._is_target(info, self.profile):
             return _Choice(main, alpha, "target", fuse=self.profile.fuse_qkv)
         alpha = alpha if self.profile.alpha_on == "all" else 1.0
         if self._is_matrix(info) and self.profile.other_matrices == "tsv":
             tsv = {"mean_singular_factor": self.profile.other_mean_singular_factor}
             choice = self._chosen("tsv_m", tsv, weights, depth)
-            return _Choice(choice, alpha, self._why_other(info))
-        return _Choice(average, alpha, self._why_other(info))
+            return _Choice(choice, alpha, self._why_other(info), beside=True)
+        return _Choice(average, alpha, self._why_other(info), beside=True)
 
     def _merges(self, method: AnyMethod, info: TensorInfo) -> bool:
         """Whether a main method without profile is for a tensor."""
@@ -428,7 +468,8 @@ class Treatments:
             rank=method.rank((outputs, first.inputs), self._num_experts)
             if is_factor_method(method)
             else 0,
-            scaled=self.profile is not None and "layer" in self.profile.levels,
+            scaled=self.layer_level is not None,
+            svc=self._merge.post.svc if block_of(name) is not None else None,
             moment=moment,  # type: ignore[arg-type]
             leader=leader,
             also=first.seen.also if first.seen else (),
@@ -443,9 +484,16 @@ class Treatments:
 
         Raises:
             UnsupportedModelError: Its block is not one of a row that can be merged one by one.
+            ManifestError: [merge.post] would change merged updates whose outputs were looked at.
         """
         if not isinstance(method, SumMethod) or not method.inputs_of_merged:
             return {}
+        post = self._merge.post
+        if post.svc is not None or post.layers is not None or self.lines_slope is not None:
+            raise ManifestError(
+                "merge.post: svc, layers and lines without a are for merges that do not look at "
+                'the merged model\'s inputs; give the method options = { inputs = "expert" }'
+            )
         trace, seen = self.opened.trace, piece.seen
         assert trace is not None
         assert seen is not None

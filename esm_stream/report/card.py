@@ -24,6 +24,7 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         f"| options | `{json.dumps(report['options'], sort_keys=True)}` |",
         *([f"| all choices | `{json.dumps(report['choices'])}` |"] if report["choices"] else []),
         f"| alpha | {_alphas(plan)} |",
+        *([f"| afterwards | `{json.dumps(report['post'])}` |"] if report["post"] else []),
         f"| versions | {', '.join(f'{n} {v}' for n, v in report['versions'].items())} |",
         f"| base | `{plan.base}` |",
         *(f"| expert {name} | `{root}` |" for name, root in plan.experts.items()),

@@ -37,6 +37,7 @@ def build_report(plan: Plan, base: Checkpoint, experts: dict[str, Checkpoint]) -
         "alpha": merge["alpha"],
         "options": merge["options"],
         "choices": _choices(plan),
+        "post": _post(plan, directory),
         "rules": merge["rules"],
         "base": _identity(base),
         "experts": {name: _identity(checkpoint) for name, checkpoint in experts.items()},
@@ -63,6 +64,15 @@ def _choices(plan: Plan) -> dict[str, Any]:
     """Every choice of the main method, given or from its profile; empty if it has no profile."""
     method = create(plan.method.name, plan.method.options, plan.method.modality)
     return asdict(method.profile) if isinstance(method, Esm) else {}
+
+
+def _post(plan: Plan, directory: WorkDirectory) -> dict[str, Any]:
+    """Steps after the merge; empty if there are none."""
+    post = plan.manifest["merge"]["post"]
+    given = {k: v for k, v in post.items() if v is not None and (k, v) != ("alpha", 1.0)}
+    if plan.lines_slope is not None:
+        given["lines"] = {"a": directory.results("lines")["first"], "b": plan.lines_slope}
+    return given
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from esm_stream.methods import elementwise_method
 from esm_stream.methods.contract import Sums, Whole, add_to
 from esm_stream.planning.plan import MethodChoice
 from esm_stream.stages.context import BASE, Context, TaskResult
-from esm_stream.stages.panels import Panels, sums_of
+from esm_stream.stages.panels import Panels, facts_of_tensor, sums_of
 from esm_stream.stopping import check
 from esm_stream.store.files import save_tensors
 
@@ -54,6 +54,14 @@ def facts_of_population(context: Context, population: str, sweeps: int) -> list[
         sums = load_file(context.directory.statistics(f"total/{population}/{sweep}"))
         known.append(method.settle(sums, known, whole))
     return known
+
+
+def facts_of(context: Context, panels: Panels, population: str) -> list[Any]:
+    """What all sweeps of a tensor's method found: over its population, or over the tensor here."""
+    method = elementwise_method(panels.choice)
+    if population:
+        return facts_of_population(context, population, method.sweeps)
+    return facts_of_tensor(panels, method, check)
 
 
 def _whole(context: Context, population: str, choice: MethodChoice) -> Whole:

@@ -28,12 +28,17 @@ from esm_stream.stages.context import BASE, Context, require_finite
 
 @dataclass(frozen=True)
 class Panels:
-    """All panels of one tensor; every iteration is a sweep over base and experts."""
+    """All panels of one tensor, or of its elements start..stop, which begin and end with a row.
+
+    Every iteration is a sweep over base and experts.
+    """
 
     context: Context
     tensor: str
     choice: MethodChoice
     whole_rows: bool
+    start: int = 0
+    stop: int | None = None
 
     @property
     def whole(self) -> Whole:
@@ -45,12 +50,13 @@ class Panels:
         context, names = self.context, self.context.plan.expert_names
         info = context.reader(BASE).checkpoint.tensors[self.tensor]
         length = panel_elements(len(names), info.columns if self.whole_rows else 1)
-        length = max(1, min(length, info.numel))
+        stop = info.numel if self.stop is None else self.stop
+        length = max(1, min(length, stop - self.start))
         models = [_Stored(context.reader(name), self.tensor, length) for name in (BASE, *names)]
         wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
         stack = torch.empty(len(names) * length, dtype=wide)
-        for first in range(0, info.numel, length):
-            count = min(length, info.numel - first)
+        for first in range(self.start, stop, length):
+            count = min(length, stop - first)
             base_N, *experts = (model.elements(first, count) for model in models)
             base_N = base_N.to(wide)
             updates_TN = stack[: len(names) * count].view(len(names), count)

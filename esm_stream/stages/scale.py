@@ -1,9 +1,6 @@
 """Stage 5: norms of the merged updates of one role -> the scale of each (ESM's layer level)."""
 
-from esm_stream.methods import create
-from esm_stream.methods.esm import Esm
-from esm_stream.methods.profiles import Profile
-from esm_stream.planning.plan import Matrix, Plan, update_results
+from esm_stream.planning.plan import Matrix, update_results
 from esm_stream.scaling.layer import layer_scales
 from esm_stream.stages.context import Context, TaskResult
 
@@ -13,16 +10,9 @@ def run(context: Context) -> TaskResult:
     names = context.task.tensors
     plan = context.plan
     norms = {name: update_results(plan, plan.matrices[name])["norm"] for name in names}
-    profile = _profile(plan)
-    scales = layer_scales(norms, profile.exponent, profile.variant)
+    assert plan.layer_level is not None
+    scales = layer_scales(norms, *plan.layer_level)
     return TaskResult(values={"scales": scales})
-
-
-def _profile(plan: Plan) -> Profile:
-    """Profile of the merge's main method, which has the layer level."""
-    method = create(plan.method.name, plan.method.options, plan.method.modality)
-    assert isinstance(method, Esm)
-    return method.profile
 
 
 def scale_of(context: Context, matrix: Matrix) -> float:

@@ -7,7 +7,7 @@ Peak:  a few panels of PANEL_BYTES, whatever the number of experts and the size 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.methods import elementwise_method
 from esm_stream.planning.plan import Matrix, Part, Plan, TensorPlan
 from esm_stream.stages.context import BASE, Context, TaskResult, checkpoint_at
-from esm_stream.stages.measure import facts_of_population
-from esm_stream.stages.panels import Panels, facts_of_tensor
+from esm_stream.stages.lines import lines_factor
+from esm_stream.stages.measure import facts_of
+from esm_stream.stages.panels import Panels
 from esm_stream.stages.scale import scale_of
 from esm_stream.stopping import check
 from esm_stream.store.work import Output
@@ -112,13 +113,10 @@ def _merged_panels(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Te
     assert plan.method is not None
     method = elementwise_method(plan.method)
     panels = Panels(context, plan.name, plan.method, method.whole_rows)
-    known: list[Any] = (
-        facts_of_population(context, plan.population, method.sweeps)
-        if plan.population
-        else facts_of_tensor(panels, method, check)
-    )
+    known = facts_of(context, panels, plan.population)
+    coefficient = plan.alpha * lines_factor(context, plan)
     for panel in panels:
-        yield panel.first, added(panel.base_N, method.merge(panel, known), plan.alpha)
+        yield panel.first, added(panel.base_N, method.merge(panel, known), coefficient)
 
 
 def _copied_rows(context: Context, plan: TensorPlan) -> Iterator[tuple[int, Tensor]]:
@@ -139,7 +137,7 @@ def _merged_matrices(context: Context, plan: TensorPlan) -> Iterator[tuple[int, 
     stored: dict[int | None, list[_Laid]] = {}
     for name in dict.fromkeys(plan.matrices):
         matrix, offset = context.plan.matrices[name], 0
-        coefficient = plan.alpha * scale_of(context, matrix)
+        coefficient = plan.alpha * scale_of(context, matrix) * lines_factor(context, plan)
         for part in matrix.parts:
             if part.tensor == plan.name:
                 laid = _Laid(matrix, part, offset, coefficient)

@@ -1,4 +1,4 @@
-"""Speed and memory beside mergekit 0.1.5, on a Llama of 0.32 B parameters in bf16.
+"""Speed and memory beside mergekit 0.1.5, on a Llama of 0.25 B parameters in bf16.
 
     python -m venv mk && mk/bin/pip install mergekit==0.1.5 -c constraints.txt
     python tests/benchmarks/beside_mergekit.py --interpreter mk/bin/python [--keep DIR] [--rounds 2]
@@ -29,7 +29,7 @@ CASES = (
     ("task_arithmetic", 8, {"weight": 0.4}, "task_arithmetic", ""),
     ("ties", 4, {"weight": 1.0, "density": 0.2}, "ties", 'density = 0.2\ntrim = "tensor"'),
 )
-OURS_IMPORTS = "import torch, distributed; from esm_stream import engine; import esm_stream.methods"
+OURS_IMPORTS = "import torch; from esm_stream import engine; import esm_stream.stages.write"
 
 
 def their_config(folder: Path, method: str, experts: int, parameters: dict) -> Path:
@@ -121,7 +121,7 @@ Measured on {datetime.now(UTC).date()}: {machine()}; mergekit 0.1.5.
 
 Command: `python tests/benchmarks/beside_mergekit.py --interpreter mk/bin/python`
 
-A Llama of 0.32 billion parameters in bfloat16, one thread each, ours and theirs in turn, rounds:
+A Llama of 0.25 billion parameters in bfloat16, one thread each, ours and theirs in turn, rounds:
 {rounds}; the least CPU time counts. Peaks are anonymous memory above that of the imports, in MiB
 and in units of the largest tensor T. Imports alone take {ours.cpu_seconds:.1f} s of CPU here and
 {theirs.cpu_seconds:.1f} s there; they are included below. Other work ran on the machine meanwhile,

@@ -34,8 +34,10 @@ from esm_stream.manifest import (
     Base,
     Calibration,
     Expert,
+    Lines,
     Merge,
     Output,
+    Post,
     Rule,
     Run,
     Split,
@@ -53,6 +55,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "[[experts]]": Expert,
     "[calibration]": Calibration,
     "[merge]": Merge,
+    "[merge.post]": Post,
+    "[merge.post.lines]": Lines,
     "[[merge.split]]": Split,
     "[[merge.rules]]": Rule,
     "[output]": Output,
@@ -108,6 +112,7 @@ def defaults_of(model: type[BaseModel]) -> dict[str, object]:
     return {
         f.alias or name: f.get_default(call_default_factory=True)
         for name, f in model.model_fields.items()
+        if not isinstance(f.default, BaseModel)
     }
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "manifest": {"budget", "checkpoints", "methods"},
     "planning": {
         *("allocation", "budget", "calibration", "checkpoints", "manifest", "methods", "store"),
-        "write",
+        *("scaling", "write"),
     },
     "report": {"checkpoints", "methods", "planning", "store"},
     "stages": {
