@@ -3,7 +3,8 @@
 From:  the engine, one expert's update and second moment of inputs at a time; later the sums.
 To:    the engine, the summands by panels of rows; later the merged update.
 Peak:  `term`: a square of the inputs, the update, some panels. `solve`: the update in float64 and
-       the larger of K with its panels and five squares of the outputs.
+       the larger of half a square of the inputs and what the whitening needs: one square of the
+       outputs where they are many, six where they are few.
 
 Letters: O output features, I input features, M rows of a panel.
 """
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from esm_stream.methods.contract import (
     About,
-    Diagnostics,
     Merged,
     MethodOptions,
     Moment,
@@ -27,10 +27,11 @@ from esm_stream.methods.contract import (
     SumReader,
 )
 from esm_stream.methods.profiles import Modality
-from esm_stream.methods.wudi import solve_ridge
+from esm_stream.subspace.band import Band
 from esm_stream.subspace.basis import frobenius_norm
+from esm_stream.subspace.cholesky import lower_panels, solve_ridge
 from esm_stream.subspace.gram import fill_upper, gram, row_panels
-from esm_stream.subspace.sizes import TILE
+from esm_stream.subspace.sizes import TILE, TILE_COLUMNS, is_banded
 
 
 class OwlOptions(MethodOptions):
@@ -48,8 +49,8 @@ class OwlOptions(MethodOptions):
     mu: NonNegativeFloat = Field(
         0.05, description="Ridge of the least squares fit, relative to the mean diagonal of K."
     )
-    p: NonNegativeFloat = Field(
-        0.6, description="Power of the output whitening; 0 switches it off."
+    p: float = Field(
+        0.6, ge=0, le=1, description="Power of the output whitening; 0 switches it off."
     )
     eps: PositiveFloat = Field(
         1e-3, description="Added to the spectrum of L, relative to its mean, before whitening."
@@ -116,29 +117,26 @@ class Owl(SumMethod):
     def solve(self, sums: SumReader, shape: tuple[int, int]) -> Merged:
         """Steps 3 and 4 of the definition, float64."""
         fit_OI = self._fit(sums, shape)
-        diagnostics: Diagnostics = {}
-        if self.options.p:
-            sharing_OO = self._whole(sums, "L", shape[0], shape)
-            diagnostics = {"effective_outputs": _effective_rank(sharing_OO)}
-            fit_OI = whitened(fit_OI, sharing_OO, self.options.p, self.options.eps)
-        return Merged(fit_OI, diagnostics)
+        if not self.options.p:
+            return Merged(fit_OI)
+        panels = (sums(place) for place in self._places("L", shape))
+        sharing_OO = torch.zeros(shape[0], shape[0], dtype=fit_OI.dtype, device=fit_OI.device)
+        for whole_MN, panel_MN in zip(lower_panels(sharing_OO), panels, strict=True):
+            whole_MN.copy_(panel_MN)
+        diagnostics = {"effective_outputs": _effective_rank(sharing_OO)}
+        return Merged(whitened(fit_OI, sharing_OO, self.options.p, self.options.eps), diagnostics)
 
     def _fit(self, sums: SumReader, shape: tuple[int, int]) -> Tensor:
         """R = N (K + r I)^-1."""
-        target_OI = torch.cat([sums(place) for place in self.places(shape) if place.name == "N"])
-        return solve_ridge(target_OI, self._whole(sums, "K", shape[1], shape), self.options.mu)
+        panels = [sums(place) for place in self._places("K", shape)]
+        target_OI = panels[0].new_empty(shape)
+        for place in self._places("N", shape):
+            target_OI[place.start : place.stop] = sums(place)
+        return solve_ridge(target_OI, panels, self.options.mu)
 
-    def _whole(self, sums: SumReader, name: str, side: int, shape: tuple[int, int]) -> Tensor:
-        """A symmetric sum, float64, its lower half alone."""
-        whole_NN: Tensor | None = None
-        for place in self.places(shape):
-            if place.name == name:
-                panel_MN = sums(place)
-                if whole_NN is None:
-                    whole_NN = panel_MN.new_zeros(side, side)
-                whole_NN[place.start : place.stop, : place.columns] = panel_MN
-        assert whole_NN is not None
-        return whole_NN
+    def _places(self, name: str, shape: tuple[int, int]) -> list[Place]:
+        """The panels of one sum."""
+        return [place for place in self.places(shape) if place.name == name]
 
     def term_numbers(self, shape: tuple[int, int]) -> int:
         """Upper bound of the float64 numbers that `term` holds beside the moment."""
@@ -147,9 +145,14 @@ class Owl(SumMethod):
         return outputs * inputs // 2 + inputs**2 + outputs**2 * (outputs < inputs) + 8 * widest
 
     def solve_numbers(self, shape: tuple[int, int]) -> int:
-        """Upper bound of the float64 numbers that `solve` holds."""
+        """Upper bound of the float64 numbers that `solve` holds, the result in float32 included."""
         outputs, inputs = shape
-        return max(5 * outputs * inputs + 4 * inputs**2, 3 * outputs * inputs + 6 * outputs**2)
+        reading = 4 * TILE * max(outputs, inputs)
+        fitting = inputs * (inputs + TILE) // 2 + reading
+        tiles = 8 * outputs * TILE_COLUMNS
+        banded = outputs**2 + tiles + 64 * outputs * TILE_COLUMNS // 16
+        whitening = banded if is_banded(outputs, inputs) else 6 * outputs**2 + tiles // 4
+        return outputs * inputs * 3 // 2 + max(fitting, whitening, reading)
 
 
 def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Iterator[Tensor]:
@@ -194,7 +197,9 @@ def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Itera
 
 
 def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Tensor:
-    """(L O / tr L + eps)^-p R with the norm of R, float64.
+    """(L O / tr L + eps)^-p R with the norm of R, float64; overwrites both.
+
+    Large L by its banded form, which needs no room for eigenvectors.
 
     Args:
         fit_OI: R.
@@ -205,10 +210,17 @@ def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Te
     norm, trace = frobenius_norm(fit_OI), float(sharing_OO.trace())
     if norm == 0 or trace == 0:
         return fit_OI
-    values_O, vectors_OO = torch.linalg.eigh(sharing_OO)
-    factors_O = (values_O.clamp_(min=0) * (len(sharing_OO) / trace) + eps).pow_(-power)
-    result_OI: Tensor = vectors_OO @ (factors_O.unsqueeze(1) * (vectors_OO.T @ fit_OI))
-    return result_OI.mul_(norm / frobenius_norm(result_OI))
+    side = len(sharing_OO)
+    sharing_OO *= side / trace
+    if is_banded(side, fit_OI.shape[1]):
+        sharing_OO.diagonal().add_(eps)
+        Band(sharing_OO).inverse_power(fit_OI, power, eps)
+    else:
+        values_O, vectors_OO = torch.linalg.eigh(sharing_OO)
+        factors_O1 = values_O.clamp_(min=0).add_(eps).pow_(-power).unsqueeze(1)
+        for tile_OM in fit_OI.split(TILE_COLUMNS, dim=1):
+            tile_OM.copy_(vectors_OO @ (factors_O1 * (vectors_OO.T @ tile_OM)))
+    return fit_OI.mul_(norm / frobenius_norm(fit_OI))
 
 
 def _panels(side: int) -> Iterator[tuple[int, int]]:

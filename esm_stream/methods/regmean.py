@@ -16,8 +16,8 @@ from pydantic import Field, NonNegativeFloat
 
 from esm_stream.methods.contract import About, Factors, Merged, MethodOptions, Moment
 from esm_stream.methods.profiles import Modality
-from esm_stream.methods.wudi import solve_ridge
 from esm_stream.subspace.basis import frobenius_norm
+from esm_stream.subspace.cholesky import lower_panels, solve_ridge
 
 
 class RegMeanOptions(MethodOptions):
@@ -96,7 +96,7 @@ class RegMean:
             moment_II += one.coordinates_KI
         assert target_OI is not None
         assert moment_II is not None
-        return Merged(solve_ridge(target_OI, moment_II, self.options.ridge))
+        return Merged(solve_ridge(target_OI, lower_panels(moment_II), self.options.ridge))
 
     def combine_numbers(self, shape: tuple[int, int]) -> int:
         """Upper bound of the float64 numbers that `combine` holds."""

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from esm_stream.methods.contract import About, Merged, MethodOptions, SpectralMethod, Updates, zeros
+from esm_stream.subspace.cholesky import lower_panels, solve_ridge
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -116,19 +116,8 @@ class WudiClosed(SpectralMethod):
     def merge(self, updates: Updates, shape: tuple[int, int]) -> Merged:
         """One Cholesky solve, float64."""
         sums = WudiSums(updates, shape)
-        return Merged(solve_ridge(sums.target_OI, sums.moment_II, self.options.ridge))
+        return Merged(solve_ridge(sums.target_OI, lower_panels(sums.moment_II), self.options.ridge))
 
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:  # noqa: ARG002
         """Sums, Cholesky factor and solution."""
         return 6 * shape[0] * shape[1] + 4 * shape[1] ** 2
-
-
-def solve_ridge(target_OI: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
-    """N (K + ridge tr(K) / I)^-1 by Cholesky, float64; zero where K is; overwrites K."""
-    trace = float(moment_II.trace())
-    if trace == 0:
-        return torch.zeros_like(target_OI)
-    floor = 4 * torch.finfo(torch.float64).eps
-    moment_II.diagonal().add_(max(ridge / len(moment_II), floor) * trace)
-    root_II = torch.linalg.cholesky(moment_II)
-    return torch.cholesky_solve(target_OI.T, root_II).T

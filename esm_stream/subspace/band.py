@@ -70,6 +70,10 @@ class Band:
         """(K + offset)^(-1/2) Y in place; see `BlockTridiagonal.inverse_root`."""
         self._map(lambda tile_NQ: self.form.inverse_root(tile_NQ, low, offset), columns_NQ)
 
+    def inverse_power(self, columns_NQ: Tensor, power: float, low: float) -> None:
+        """K^(-power) Y in place; see `BlockTridiagonal.inverse_power`."""
+        self._map(lambda tile_NQ: self.form.inverse_power(tile_NQ, power, low), columns_NQ)
+
     def above(self, columns_NQ: Tensor, value: float) -> None:
         """Y without its part in eigenvectors of eigenvalues below a value, in place."""
         self._map(lambda tile_NQ: self.form.above(tile_NQ, value), columns_NQ)

@@ -1,11 +1,18 @@
-"""Best rational approximations of 1 / sqrt(x), for band.py: no matrices here, only numbers.
+"""Rational approximations of powers of x, for band.py: functions of numbers, not of matrices.
 
-On [low, high] the function sum_j weight_j / (x + shift_j) with the shifts and weights of Zolotarev
-has a relative error of 4 exp(-pi^2 J / log(4 sqrt(high / low))), all shifts and weights positive
-(Hale, Higham, Trefethen 2008, method 3). With x^2 for x it is the sign function.
+Of 1 / sqrt(x) the best: on [low, high] the function sum_j weight_j / (x + shift_j) with the shifts
+and weights of Zolotarev has a relative error of 4 exp(-pi^2 J / log(4 sqrt(high / low))), all
+shifts and weights positive (Hale, Higham, Trefethen 2008, method 3). With x^2 for x it is the sign
+function. Of other powers, shifts at equal ratios and weights by least squares of the error.
 """
 
 import math
+
+import torch
+
+_RATIO = 0.75
+_BEYOND = 4.0
+_POINTS = 40
 
 
 def inverse_root_poles(
@@ -38,6 +45,26 @@ def inverse_root_poles(
         dn_over_cn2 = math.sqrt((1 + small**2 * ratio) * (1 + ratio))
         weights.append(2 * quarter * math.sqrt(low) / (math.pi * count) * dn_over_cn2)
     return shifts, weights
+
+
+def inverse_power_poles(power: float, low: float, high: float) -> tuple[list[float], list[float]]:
+    """Shifts and weights of an approximation of x^(-power) on [low, high], 0 < power <= 1.
+
+    The relative error is below 1e-10, found by trial for high / low up to 1e8; the weighted terms
+    add up to less than ten times their sum, so that nothing is lost to cancellation.
+
+    Returns:
+        Shifts, ascending, and weights.
+    """
+    first, last = math.log(low), math.log(high)
+    count = math.ceil((last - first + 2 * _BEYOND) / _RATIO)
+    shifts = torch.linspace(first - _BEYOND, last + _BEYOND, count, dtype=torch.float64).exp()
+    points = torch.linspace(first, last, _POINTS * count, dtype=torch.float64).exp().unsqueeze(1)
+    scale = shifts ** (1 - power)
+    terms = points**power / (points + shifts) * scale
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    weights = torch.linalg.lstsq(terms, ones, rcond=1e-15, driver="gelsd").solution.squeeze(1)
+    return shifts.tolist(), (weights * scale).tolist()
 
 
 def _descent(complementary: float) -> tuple[list[float], list[float]]:

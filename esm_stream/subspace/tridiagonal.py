@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esm_stream.subspace.rational import inverse_root_poles
+from esm_stream.subspace.rational import inverse_power_poles, inverse_root_poles
 
 # Shifts that are eliminated together.
 _SHIFTS = 8
@@ -118,6 +118,10 @@ class BlockTridiagonal:
         """
         shifts, weights = inverse_root_poles(low, self._upper + offset, error)
         return self._map(columns_NQ, [shift + offset for shift in shifts], weights)
+
+    def inverse_power(self, columns_NQ: Tensor, power: float, low: float) -> Tensor:
+        """B^(-power) Y, 0 < power <= 1; `low` is a lower bound of the eigenvalues."""
+        return self._map(columns_NQ, *inverse_power_poles(power, low, self._upper))
 
     def root_sums(self, low: float, offset: float = 0.0) -> RootSums:
         """Sums over the eigenvalues of B + offset, none of which is below `low`."""

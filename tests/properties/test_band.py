@@ -16,7 +16,7 @@ from esm_stream.subspace.bidiagonal import Bidiagonal
 from esm_stream.subspace.gram import gram, row_panels
 from esm_stream.subspace.polar import banded_root, factor_by_reflectors, polar
 from esm_stream.subspace.product import PolarProduct, Stack
-from esm_stream.subspace.rational import inverse_root_poles
+from esm_stream.subspace.rational import inverse_power_poles, inverse_root_poles
 
 SIDES = st.integers(1, 150)
 SEEDS = st.integers(0, 2**16)
@@ -48,6 +48,36 @@ def test_the_rational_inverse_root_is_as_exact_as_asked(
         x = low * (high / low) ** (step / 100)
         found = math.fsum(w / (x + c) for c, w in zip(shifts, weights, strict=True))
         assert abs(found * math.sqrt(x) - 1) <= 2 * error
+
+
+@given(st.floats(-12, 0), st.floats(-3, 6), st.floats(0.01, 1))
+def test_the_rational_power_is_exact_to_nine_digits(
+    decades: float, scale: float, power: float
+) -> None:
+    high = 10.0**scale
+    low = high * 10.0**decades
+    shifts, weights = inverse_power_poles(power, low, high)
+    assert shifts == sorted(shifts)
+    assert min(shifts) > 0
+    for step in range(101):
+        x = low * (high / low) ** (step / 100)
+        terms = [w / (x + c) for c, w in zip(shifts, weights, strict=True)]
+        assert abs(math.fsum(terms) * x**power - 1) <= 1e-9
+        assert math.fsum(map(abs, terms)) * x**power <= 20
+
+
+@settings(max_examples=30)
+@given(side=SIDES, power=st.floats(0.1, 1), decades=st.floats(-6, 0), seed=SEEDS)
+def test_powers_of_a_banded_form_are_those_of_its_eigenvectors(
+    side: int, power: float, decades: float, seed: int
+) -> None:
+    vectors_NN = orthonormal(side, side, seed)
+    values = torch.logspace(0, decades, side, dtype=torch.float64)
+    columns_NQ = gaussian(side, 7, seed=seed + 1)
+    wanted_NQ = vectors_NN @ (values.pow(-power).unsqueeze(1) * (vectors_NN.T @ columns_NQ))
+    band = Band(vectors_NN * values @ vectors_NN.T)
+    band.inverse_power(columns_NQ, power, 10.0**decades)
+    assert relative(columns_NQ, wanted_NQ) <= 1e-8
 
 
 @settings(max_examples=30)

@@ -148,6 +148,15 @@ def test_panels_are_those_of_the_whole_sums(monkeypatch: pytest.MonkeyPatch) -> 
                 near(merge("owl", changes, moments=given, options=options), wanted)
 
 
+def test_large_sides_are_whitened_by_the_banded_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, seen = updates((40, 12)), moments(12)
+    for power in (0.3, 0.6, 1.0):
+        wanted = owl(changes, seen, p=power)
+        with monkeypatch.context() as patch:
+            patch.setattr("esm_stream.methods.owl.is_banded", lambda *_: True)
+            near(owl(changes, seen, p=power), wanted, 1e-9)
+
+
 def test_terms_come_in_the_places_that_the_method_names() -> None:
     method = create("owl", {}, "vision")
     assert isinstance(method, SumMethod)
