@@ -244,7 +244,7 @@ def _require_same(plan: Plan, *, restart: bool) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ChangedError(f"{path}: damaged; run again with --restart") from error
     lines = changed_keys(before, plan.manifest)
-    if lines and not _is_free(plan, output):
+    if lines and not _is_free(plan, output) and not _sums_go_on(plan, lines):
         raise ChangedError(
             f"{plan.work} belongs to a merge with other options:\n  "
             + "\n  ".join(lines)
@@ -264,6 +264,20 @@ def _is_free(plan: Plan, last_output: Path) -> bool:
         return False
     begun = any(_stage_of(plan, path) not in CALIBRATION for path in _markers(plan))
     return not begun or (plan.directory.read("finish") is not None and plan.output != last_output)
+
+
+def _sums_go_on(plan: Plan, changes: list[str]) -> bool:
+    """Whether all that changes are experts that sums can be told of: nothing is lost by it.
+
+    Experts may come; they may leave where no forward is needed to take their terms out again.
+    """
+    if not plan.matrices or not all(matrix.summed for matrix in plan.matrices.values()):
+        return False
+    coming = [line for line in changes if line.startswith("experts[") and ": (absent) -> " in line]
+    leaving = [line for line in changes if line.startswith("experts[") and "-> (absent)" in line]
+    if any(matrix.moment for matrix in plan.matrices.values()):
+        leaving = []
+    return len(coming) + len(leaving) == len(changes)
 
 
 def stages_left(plan: Plan) -> set[Stage]:

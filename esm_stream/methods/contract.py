@@ -121,10 +121,9 @@ class Method:
     def __init__(self, options: Any) -> None:  # noqa: ANN401 - a model of the method's own
         self.options = options
 
-    @classmethod
-    def alpha_for(cls, modality: Modality, num_experts: int) -> float:  # noqa: ARG003
+    def alpha_for(self, modality: Modality, num_experts: int) -> float:  # noqa: ARG002
         """What stands where the manifest gives no alpha."""
-        return cls.default_alpha
+        return self.default_alpha
 
     @classmethod
     def create(cls, options: MethodOptions, modality: Modality) -> Self:  # noqa: ARG003

@@ -31,7 +31,6 @@ from esm_stream.methods import (
     interpolated,
     is_factor_method,
     merges_matrices,
-    method_class,
     uses_moments,
 )
 from esm_stream.methods.contract import AnyMethod, ElementwiseMethod, Method, SumMethod
@@ -152,8 +151,8 @@ class Treatments:
         if self._merge.post.lines is not None:
             return 1.0
         if self.profile is None:
-            method = method_class(self._merge.method)
-            if issubclass(method, Method):
+            method = self._method(self._chosen(self._merge.method, self._merge.options, {}, 0.0))
+            if isinstance(method, Method):
                 return method.alpha_for(self.opened.modality, self._num_experts)
             return 1.0
         return default_alpha(self.opened.modality, self._num_experts, self.profile.factor)

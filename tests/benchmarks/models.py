@@ -171,10 +171,16 @@ def write_manifest(root: Path, experts: int, memory: str, samples: int, tokens: 
 
 
 def make_llama(
-    root: Path, experts: int = 4, memory: str = "2GiB", *, layers: int = 16, hidden: int = 1024
+    root: Path,
+    experts: int = 4,
+    memory: str = "2GiB",
+    *,
+    layers: int = 16,
+    hidden: int = 1024,
+    vocab: int = 32000,
 ) -> Path:
     """A random Llama in bf16 with its experts: 0.30 B parameters by default."""
-    config = llama_config(hidden, hidden * 11 // 4, layers, 16, 8, 32000)
+    config = llama_config(hidden, hidden * 11 // 4, layers, 16, 8, vocab)
     write_random(root / "base", config, SEED, None, 128 << 20)
     for i in range(experts):
         write_random(root / f"e{i}", config, SEED + 1 + i, root / "base", 128 << 20)

@@ -98,9 +98,11 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     [
         {"method": "esm"},
         {"method": "esm", "options": {"profile": "vit-official"}},
+        {"method": "owl"},
+        {"method": "owl", "options": {"inputs": "none"}},
         {"method": "average"},
     ],
-    ids=["esm", "official", "average"],
+    ids=["esm", "official", "owl", "owl-none", "average"],
 )
 def test_a_merge_stays_within_its_largest_task(
     merge: dict[str, Any], large: Zoo, tmp_path: Path

@@ -174,6 +174,24 @@ class TestOneMoreExpert:
         assert files(plan.output) == files(fresh.output)
         assert sums(plan) == sums(fresh)
 
+    def test_needs_no_restart(
+        self, merge: dict[str, Any], zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
+    ) -> None:
+        found = zoo("llama", experts=EXPERTS)
+        experts = found.document(tmp_path)["experts"]
+        merge_here(plan_of(found, merge=merge, experts=experts[:2]))
+        plan = plan_of(found, merge=merge, experts=experts[::-1])
+        merge_here(plan)
+        fewer = plan_of(found, merge=merge, experts=experts[1:])
+        if merge is WITH:
+            with pytest.raises(ChangedError, match=r"experts\[.*\]\.model"):
+                merge_here(fewer)
+        else:
+            merge_here(fewer)
+        other = {**merge, "options": {**merge.get("options", {}), "p": 0.1}}
+        with pytest.raises(ChangedError, match=r"merge\.options\.p"):
+            merge_here(plan_of(found, merge=other))
+
     def test_order_of_experts_moves_no_byte_of_the_sums(
         self, merge: dict[str, Any], zoo: MakeZoo, plan_of: PlanOf, tmp_path: Path
     ) -> None:

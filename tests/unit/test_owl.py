@@ -10,6 +10,7 @@ from torch import Tensor
 from esm_stream.methods import create
 from esm_stream.methods.contract import Moment, SumMethod
 from esm_stream.methods.owl import Owl
+from esm_stream.methods.profiles import Modality
 
 SHAPES = [(12, 12), (20, 8), (8, 20)]
 
@@ -167,9 +168,10 @@ def test_terms_come_in_the_places_that_the_method_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modality", "experts", "alpha"),
-    [("vision", 2, 2.2), ("vision", 8, 2.2), ("vision", 14, 1.81), ("vision", 20, 1.6)],
+    ("modality", "inputs", "alpha"),
+    [("vision", "expert", 1.9), ("vision", "none", 1.6), ("language", "none", 1.75)],
 )
-def test_default_alpha(modality: str, experts: int, alpha: float) -> None:
-    assert Owl.alpha_for(modality, experts) == alpha  # type: ignore[arg-type]
-    assert Owl.alpha_for("language", experts) == 1.75
+def test_default_alpha(modality: Modality, inputs: str, alpha: float) -> None:
+    method = create("owl", {"inputs": inputs}, modality)
+    assert isinstance(method, Owl)
+    assert {method.alpha_for(modality, count) for count in (2, 8, 20)} == {alpha}
