@@ -97,7 +97,7 @@ class Owl(SumMethod):
         """Options that decide the numbers of one step."""
         if step == "solve":
             return self.options.model_dump(include={"mu", "p", "eps"})  # type: ignore[no-any-return]
-        return {"m": self.options.m} if self.uses_moments else {}
+        return {"rows": TILE, **({"m": self.options.m} if self.uses_moments else {})}
 
     def places(self, shape: tuple[int, int]) -> tuple[Place, ...]:
         """Of the symmetric sums the lower half, by panels that end at the diagonal."""

@@ -39,7 +39,6 @@ NONE = {"method": "owl", "options": {"inputs": "none"}}
 EXPERT = {"method": "owl", "options": {"inputs": "expert"}}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "esm": {"method": "esm"},
-    "esm, decomposition = svd": {"method": "esm", "options": {"decomposition": "svd"}},
     "owl, expert": EXPERT,
     "owl, none": NONE,
 }
