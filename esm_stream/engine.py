@@ -271,11 +271,12 @@ def _sums_go_on(plan: Plan, changes: list[str]) -> bool:
 
     Experts may come; they may leave where no forward is needed to take their terms out again.
     """
-    if not plan.matrices or not all(matrix.summed for matrix in plan.matrices.values()):
+    matrices = plan.matrices.values()
+    if not matrices or any(m.walked or not m.summed for m in matrices):
         return False
     coming = [line for line in changes if line.startswith("experts[") and ": (absent) -> " in line]
     leaving = [line for line in changes if line.startswith("experts[") and "-> (absent)" in line]
-    if any(matrix.moment for matrix in plan.matrices.values()):
+    if any(matrix.moment for matrix in matrices):
         leaving = []
     return len(coming) + len(leaving) == len(changes)
 

@@ -168,10 +168,15 @@ def test_terms_come_in_the_places_that_the_method_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modality", "inputs", "alpha"),
-    [("vision", "expert", 1.9), ("vision", "none", 1.6), ("language", "none", 1.75)],
+    ("modality", "inputs", "alphas"),
+    [
+        ("vision", "merged", [2.2, 2.2, 1.81, 1.6]),
+        ("vision", "expert", [1.9] * 4),
+        ("vision", "none", [1.6] * 4),
+        ("language", "merged", [1.75] * 4),
+    ],
 )
-def test_default_alpha(modality: Modality, inputs: str, alpha: float) -> None:
+def test_default_alpha(modality: Modality, inputs: str, alphas: list[float]) -> None:
     method = create("owl", {"inputs": inputs}, modality)
     assert isinstance(method, Owl)
-    assert {method.alpha_for(modality, count) for count in (2, 8, 20)} == {alpha}
+    assert [method.alpha_for(modality, count) for count in (2, 8, 14, 20)] == alphas
