@@ -3,7 +3,7 @@
     python tests/benchmarks/run.py plan                    # 70B x 8, header-only files
     python tests/benchmarks/run.py memory [--keep DIR]     # 0.3B Llama, 4 experts, 2 GiB
     python tests/benchmarks/run.py kills [--count 10]      # SIGKILL at random moments
-    python tests/benchmarks/run.py forward [--keep DIR]    # 0.8B Llama, streamed and in memory
+    python tests/benchmarks/run.py forward [--keep DIR] [--device cuda]   # 0.8B Llama, streamed
     python tests/benchmarks/run.py glyphs                  # accuracy, needs the glyph benchmark
 
 The glyph benchmark's directory is ESM_GLYPHS, by default ../shared/glyphs.
@@ -183,7 +183,7 @@ FORWARDS = ("plain nothing", "streamed nothing", "plain moments", "streamed mome
 FORWARD = Path(__file__).with_name("forward.py")
 
 
-def bench_forward(keep: Path | None, rounds: int, with_moments: int) -> None:
+def bench_forward(keep: Path | None, rounds: int, with_moments: int, device: str) -> None:
     """One expert's forward of a 0.8B Llama in bf16: 32 samples of 128 tokens, one thread."""
     folder = keep or Path(tempfile.mkdtemp())
     if not (folder / "manifest.toml").exists():
@@ -193,21 +193,21 @@ def bench_forward(keep: Path | None, rounds: int, with_moments: int) -> None:
     # Every other round goes backwards, so that drift falls on both; moments take minutes.
     for number, names in enumerate([FORWARDS[:2]] * rounds + [FORWARDS[2:]] * with_moments):
         for name in names if number % 2 == 0 else names[::-1]:
-            found[name].append(run_forward(folder, name))
+            found[name].append(run_forward(folder, name, device))
             print(name, found[name][-1], flush=True)
-    write_result(
-        "forward", "Forward of one expert: 0.8B Llama, bf16, 32 x 128 tokens", forward_lines(found)
-    )
+    title = "Forward of one expert: 0.8B Llama, bf16, 32 x 128 tokens"
+    name = "forward" if device == "cpu" else "forward-gpu"
+    write_result(name, title if device == "cpu" else f"{title}, GPU", forward_lines(found))
     if keep is None:
         shutil.rmtree(folder)
 
 
-def run_forward(folder: Path, name: str) -> dict:
+def run_forward(folder: Path, name: str, device: str) -> dict:
     """One forward in a fresh process; what it measured, and its peaks from outside."""
     shutil.rmtree(folder / "merged.work", ignore_errors=True)
     result = folder / "result.json"
     command = [sys.executable, "-W", "ignore", str(FORWARD), *name.split(), str(folder)]
-    outside = measure([*command, str(result)], env={"OMP_NUM_THREADS": "1"})
+    outside = measure([*command, str(result), device], env={"OMP_NUM_THREADS": "1"})
     if outside.exit_code:
         raise SystemExit(f"{name} failed")
     inside = json.loads(result.read_text())
@@ -237,6 +237,12 @@ def forward_lines(found: dict[str, list[dict]]) -> list[str]:
             f"{max(r['above'] for r in runs) / MIB:.0f} | {max(r['rss'] for r in runs) / MIB:.0f} "
             f"| {runs[0]['bytes_read'] / MIB:.0f} |"
         )
+    lines += [
+        f"- {name}: the GPU computes {runs[0]['computing']:.0%} of the time; its peak is "
+        f"{runs[0]['device_peak'] / MIB:.0f} MiB"
+        for name, runs in found.items()
+        if runs and "computing" in runs[0]
+    ]
     one = found["streamed nothing"][0]
     parts = {key: one[key] for key in ("block", "hidden", "activations")}
     above = max(run["above"] for run in found["streamed nothing"])
@@ -315,6 +321,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moments", type=int, default=1, help="rounds with moments")
+    parser.add_argument("--device", default="cpu", help="of the forward: cpu or cuda")
     args = parser.parse_args()
     if args.what == "plan":
         bench_plan()
@@ -323,7 +330,7 @@ def main() -> None:
     elif args.what == "kills":
         bench_kills(args.count)
     elif args.what == "forward":
-        bench_forward(args.keep, args.rounds, args.moments)
+        bench_forward(args.keep, args.rounds, args.moments, args.device)
     else:
         bench_glyphs()
 
