@@ -91,7 +91,7 @@ def show(made: "Plan", console: "Console") -> None:
     if made.matrices:
         console.print(_roles(made))
     console.print(_others(made))
-    stages = {stage: made.of_stage(stage) for stage in ("forward", "merge", "write")}
+    stages = {stage: made.of_stage(stage) for stage in ("forward", "merge", "walk", "write")}
     tasks = ", ".join(f"{len(found)} {stage}" for stage, found in stages.items() if found)
     largest = max(made.tasks.values(), key=lambda task: task.peak_bytes)
     console.print(
@@ -113,25 +113,26 @@ def _roles(made: "Plan") -> "Table":
     from rich.table import Table
 
     from esm_stream.budget import format_size
+    from esm_stream.planning.plan import update_key
 
     groups: dict[tuple[object, ...], list[Matrix]] = {}
     for m in made.matrices.values():
         groups.setdefault((m.group, m.method.name, m.alpha), []).append(m)
-    table = Table(title="matrices merged from factors", title_justify="left", expand=False)
+    table = Table(title="merged as matrices", title_justify="left", expand=False)
     for title in ("role", "matrices", "shape", "method", "rank", "moment", "alpha", "memory"):
         left = title in ("role", "method")
         table.add_column(title, justify="left" if left else "right", no_wrap=not left)
     for (_, method, alpha), found in groups.items():
         first = found[0]
-        keys = [f"merge/{m.name}" for m in found]
+        keys = [update_key(made, m) for m in found]
         peak = max(made.tasks[key].peak_bytes for key in keys)
         table.add_row(
             escape(_short(first.role)),
             str(len(found)),
             f"{first.outputs} x {first.inputs}",
             str(method),
-            str(first.rank),
-            first.moment or "-",
+            str(first.rank or "-"),
+            "merged input" if first.walked else first.moment or "-",
             f"{alpha:g}",
             format_size(peak),
         )

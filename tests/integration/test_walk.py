@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from conftest import MakeZoo, PlanOf, merge_here
 from merging import merge as merge_one
 from models import Zoo, tensors_of
+from rich.console import Console
 from safetensors.torch import save_file
 from test_forward import batches_of, update_of, watch_batches
 from test_owl_merges import Log, files
@@ -21,6 +23,7 @@ from esm_stream.errors import ManifestError, StopRequestedError, UnsupportedMode
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Plan
 from esm_stream.stages import walk
+from esm_stream_cli.plan import show
 
 EXPERTS = 3
 MERGE: dict[str, Any] = {"method": "owl", "alpha": 0.7, "options": {"inputs": "merged"}}
@@ -155,6 +158,15 @@ def test_the_report_has_what_each_expert_contributed(zoo: MakeZoo, plan_of: Plan
         assert set(matrix["update_norms"]) == set(plan.experts), name
         assert all(tokens > 0 for tokens in matrix["tokens"].values())
         assert matrix["norm"] > 0
+
+
+def test_the_plan_says_that_a_matrix_is_merged_by_the_merged_models_inputs(
+    zoo: MakeZoo, plan_of: PlanOf
+) -> None:
+    text = StringIO()
+    show(plan_of(zoo("llama", experts=EXPERTS), merge=MERGE), Console(file=text, width=200))
+    assert text.getvalue().count("merged input") >= 5
+    assert "3 walk, 1 write" in text.getvalue()
 
 
 def test_models_whose_blocks_do_not_come_one_by_one_are_refused(
