@@ -9,14 +9,15 @@ an interrupted run left, integer tensors that must be equal, and disk for factor
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from esm_stream import stopping
-from esm_stream.budget import format_size
+from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.checkpoints.reader import TensorReader, equal_bytes
+from esm_stream.completion import finished, remaining, stages_left
 from esm_stream.errors import BudgetError, ChangedError, InputError, ManifestError
 from esm_stream.events import Event, Listener, broadcast, log_to
 from esm_stream.planning.plan import (
@@ -26,18 +27,23 @@ from esm_stream.planning.plan import (
     Stage,
     Task,
     changed_keys,
+    forward_key,
     load_plan,
+    save_plan,
+    update_key,
 )
+from esm_stream.same_inputs import changed_unseen, contents_of, readers_of, record
 from esm_stream.schedule import require_scheduler, run_task, run_tasks
-from esm_stream.stages import sums
+from esm_stream.space import require_space, storage_errors
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
-from esm_stream.stages.write import layouts_of
+from esm_stream.stages.write import HASHES, layouts_of
 from esm_stream.store.factors import FactorStore
-from esm_stream.store.files import write_atomically
+from esm_stream.store.files import TEMPORARY, fsync_path, remove_for_good, unsealed
 from esm_stream.store.lock import is_locked, locked
-from esm_stream.store.work import OWN_NAMES, Marker, tasks_to_run
-from esm_stream.write.shards import PARTIAL_SUFFIX, reserve
+from esm_stream.store.work import OWN_NAMES
+from esm_stream.verify import forget_damaged
+from esm_stream.write.shards import PARTIAL_SUFFIX, hash_tensor, is_reserved, reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ def merge(
     scheduler: str = "local",
     parallel: int = 1,
     restart: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
     listener: Listener = lambda _: None,
 ) -> Outcome:
     """Run a plan, or what is left of it.
@@ -65,13 +73,17 @@ def merge(
         parallel: Tasks at once in this process.
         restart: Accept other options than the work directory was made with; results that the
             change does not touch are kept.
+        verify: Read everything that is there first, and make again what is damaged.
+        verify_inputs: Read all inputs first, and refuse contents that changed unseen since the
+            last run with this option; with `restart`, compute anew what read them.
         listener: Called with every event.
 
     Raises:
         EsmStreamError: Lock, changed options, space, bad input, or a failed task; finished work
             is kept and the same call goes on from there.
     """
-    return _run_stages(plan, frozenset(STAGES), scheduler, parallel, restart, listener)
+    how = _How(scheduler, parallel, restart, verify, verify_inputs)
+    return _run_stages(plan, frozenset(STAGES), how, listener)
 
 
 def calibrate(
@@ -80,6 +92,8 @@ def calibrate(
     scheduler: str = "local",
     parallel: int = 1,
     restart: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
     listener: Listener = lambda _: None,
 ) -> Outcome:
     """Run what of a plan comes before the merges: samples, forward, factors of every expert.
@@ -96,31 +110,45 @@ def calibrate(
             f"nothing to calibrate: {plan.manifest['merge']['method']} with these options looks at "
             "weights only; run merge"
         )
-    return _run_stages(plan, CALIBRATION, scheduler, parallel, restart, listener)
+    how = _How(scheduler, parallel, restart, verify, verify_inputs)
+    return _run_stages(plan, CALIBRATION, how, listener)
 
 
-def _run_stages(
-    plan: Plan,
-    stages: frozenset[Stage],
-    scheduler: str,
-    parallel: int,
-    restart: bool,
-    listener: Listener,
-) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What the caller of a run chose."""
+
+    scheduler: str
+    parallel: int
+    restart: bool
+    verify: bool
+    verify_inputs: bool
+
+
+def _run_stages(plan: Plan, stages: frozenset[Stage], how: _How, listener: Listener) -> Outcome:
     directory = plan.directory
-    require_scheduler(scheduler)
+    require_scheduler(how.scheduler)
     stopping.clear()
     forget_checkpoints()
     _require_own_work(plan)
-    with locked(directory.root):
-        _require_same(plan, restart=restart)
+    with storage_errors(plan, str(plan.work)), locked(directory.root):
+        _require_same(plan, restart=how.restart)
         _require_own_output(plan)
         _require_equal_integers(plan)
         directory.sweep()
+        if how.verify:
+            forget_damaged(plan)
+        if how.verify_inputs:
+            _require_same_inputs(plan, restart=how.restart)
+        if "seal" in stages:
+            _unseal(plan)
         todo = _todo(plan, stages)
-        _require_space(plan, todo)
-        write_atomically(directory.plan, plan.dump())
-        _lay_out(plan, todo)
+        require_space(plan, todo)
+        save_plan(plan)
+        gone = _lay_out(plan, todo)
+        if gone:
+            directory.forget(gone)
+            todo = _todo(plan, stages)
         listen = broadcast(log_to(directory.events), listener)
         wanted = [key for key, task in plan.tasks.items() if task.stage in stages]
         keys = [key for key in wanted if key in todo]
@@ -128,7 +156,7 @@ def _run_stages(
         listen(Event("run_started", data={"reused": reused, "pending": keys}))
         _draw_inputs(plan, [key for key in keys if plan.tasks[key].stage == "inputs"], listen)
         rest = [key for key in keys if plan.tasks[key].stage != "inputs"]
-        _run(plan, rest, scheduler, parallel, listen)
+        _run(plan, rest, how.scheduler, how.parallel, listen)
         filled = plan.output if "finish" in stages else plan.work
         listen(Event("run_finished", message=str(filled)))
     return Outcome(filled, len(keys), reused)
@@ -143,7 +171,7 @@ def _draw_inputs(plan: Plan, keys: list[str], listen: Listener) -> None:
     problems: list[str] = []
     for key in keys:
         try:
-            listen(finished(plan.tasks[key], run_task(str(plan.directory.plan), key)))
+            listen(event_of(plan.tasks[key], run_task(str(plan.directory.plan), key)))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -153,7 +181,7 @@ def _draw_inputs(plan: Plan, keys: list[str], listen: Listener) -> None:
 
 def _run(plan: Plan, keys: list[str], scheduler: str, parallel: int, listen: Listener) -> None:
     def report(key: str, seconds: float) -> None:
-        listen(finished(plan.tasks[key], seconds))
+        listen(event_of(plan.tasks[key], seconds))
 
     try:
         run_tasks(plan, keys, scheduler, parallel, report)
@@ -162,7 +190,7 @@ def _run(plan: Plan, keys: list[str], scheduler: str, parallel: int, listen: Lis
         raise
 
 
-def finished(task: Task, seconds: float) -> Event:
+def event_of(task: Task, seconds: float) -> Event:
     """The event of one finished task."""
     return Event(
         "task_finished",
@@ -174,25 +202,24 @@ def finished(task: Task, seconds: float) -> Event:
     )
 
 
-def remaining(plan: Plan) -> set[str]:
-    """Keys of the tasks that are still to be run."""
-    directory = plan.directory
-    markers: dict[str, Marker | None] = {key: directory.read(key) for key in plan.tasks}
+def _unseal(plan: Plan) -> None:
+    """Take their names from shards that are not, or no longer, those of this plan.
 
-    def is_valid(key: str) -> bool:
-        marker = markers[key]
-        return (
-            marker is not None
-            and marker.fingerprint == plan.tasks[key].fingerprint
-            and directory.persistent_outputs_exist(marker)
-            and sums.complete(plan, plan.tasks[key])
-        )
-
-    def has_transients(key: str) -> bool:
-        marker = markers[key]
-        return marker is not None and directory.transient_outputs_exist(marker)
-
-    return tasks_to_run(list(plan.tasks), plan.transient_readers, is_valid, has_transients)
+    What of them is still right is kept: a run may have ended between a shard's name and its marker,
+    or other options may change a few of its tensors.
+    """
+    for task in plan.of_stage("seal"):
+        shard = plan.output / task.subject
+        if all(finished(plan, key) for key in (task.key, *task.after)) or not shard.is_file():
+            continue
+        plan.directory.forget([task.key])
+        remove_for_good([plan.output / COMPLETE])
+        partial = shard.with_name(shard.name + PARTIAL_SUFFIX)
+        if partial.exists():
+            shard.unlink()
+        else:
+            shard.rename(partial)
+        fsync_path(plan.output)
 
 
 def _todo(plan: Plan, stages: frozenset[Stage]) -> set[str]:
@@ -204,14 +231,13 @@ def _todo(plan: Plan, stages: frozenset[Stage]) -> set[str]:
     todo = {key for key in remaining(plan) if plan.tasks[key].stage in stages}
     if any(plan.tasks[key].stage in ("write", "seal", "finish") for key in todo):
         todo.add("finish")
-        (plan.output / COMPLETE).unlink(missing_ok=True)
-    for key in todo:
-        plan.directory.forget(key)
+        remove_for_good([plan.output / COMPLETE])
+    plan.directory.forget(todo)
     known = {plan.directory.marker(key) for key in plan.tasks}
     kept = CALIBRATION if not _stages_of(plan) & CALIBRATION else frozenset[Stage]()
-    for path in _markers(plan):
-        if path not in known and _stage_of(plan, path) not in kept:
-            path.unlink()
+    remove_for_good(
+        path for path in _markers(plan) if path not in known and _stage_of(plan, path) not in kept
+    )
     return todo
 
 
@@ -239,7 +265,7 @@ def _require_same(plan: Plan, *, restart: bool) -> None:
     if restart or not path.is_file():
         return
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(unsealed(path.read_bytes()))
         before, output = document["manifest"], Path(document["output"])
     except (ValueError, KeyError, TypeError) as error:
         raise ChangedError(f"{path}: damaged; run again with --restart") from error
@@ -251,6 +277,27 @@ def _require_same(plan: Plan, *, restart: bool) -> None:
             + "\nRun with --restart to continue with the new options (what they do not touch is "
             "kept), or choose another [run] work."
         )
+
+
+def _require_same_inputs(plan: Plan, *, restart: bool) -> None:
+    """Refuse inputs that changed though size and time did not, or forget what was read of them.
+
+    Raises:
+        InputError: Every such file.
+    """
+    found = contents_of(plan)
+    changed = changed_unseen(plan, found)
+    if changed and not restart:
+        raise InputError(
+            [
+                f"{path}: holds something else than when it was last read, though its size and "
+                "time are the same. Put it back, or run with --restart --verify-inputs to compute "
+                "anew what depends on it."
+                for path in changed
+            ]
+        )
+    plan.directory.forget(readers_of(plan, changed))
+    record(plan, found)
 
 
 def _is_free(plan: Plan, last_output: Path) -> bool:
@@ -281,11 +328,6 @@ def _sums_go_on(plan: Plan, changes: list[str]) -> bool:
     return len(coming) + len(leaving) == len(changes)
 
 
-def stages_left(plan: Plan) -> set[Stage]:
-    """Stages with a task that is still to be run."""
-    return {plan.tasks[key].stage for key in remaining(plan)}
-
-
 def _require_own_output(plan: Plan) -> None:
     """Refuse to write into a directory that holds something else.
 
@@ -313,9 +355,15 @@ def _require_own_output(plan: Plan) -> None:
 def _last_output(plan: Plan) -> Path | None:
     """The output directory that the last run of this work directory wrote to."""
     try:
-        return Path(json.loads(plan.directory.plan.read_bytes())["output"])
-    except (OSError, ValueError, KeyError, TypeError):
+        data = plan.directory.plan.read_bytes()
+    except OSError:
         return None
+    try:
+        return Path(json.loads(unsealed(data))["output"])
+    except (ValueError, KeyError, TypeError):
+        # Damaged, but what it still says of this output is no accident.
+        named = f'"output": {json.dumps(str(plan.output), ensure_ascii=False)}'
+        return plan.output if named.encode() in data else None
 
 
 def _require_own_work(plan: Plan) -> None:
@@ -329,7 +377,8 @@ def _require_own_work(plan: Plan) -> None:
         return
     if not directory.root.is_dir():
         raise InputError([f"{directory.root}: is not a directory; choose another [run] work"])
-    foreign = sorted({path.name for path in directory.root.iterdir()} - OWN_NAMES)
+    names = {path.name for path in directory.root.iterdir()} - OWN_NAMES
+    foreign = sorted(name for name in names if not fnmatch(name, TEMPORARY))
     if foreign:
         raise InputError(
             [
@@ -369,53 +418,64 @@ def _different(plan: Plan, expert: str, name: str) -> str:
     )
 
 
-def _require_space(plan: Plan, todo: set[str]) -> None:
-    """Refuse to start what the disk cannot hold; output shards are reserved besides.
+def _lay_out(plan: Plan, todo: set[str]) -> set[str]:
+    """Create the arrays of the store and reserve the output's shards, where tasks will need them.
 
-    Raises:
-        BudgetError: Needed and free bytes.
-    """
-    need = plan.bytes_to_keep(todo)
-    free = shutil.disk_usage(plan.work).free
-    if need > free:
-        raise BudgetError(
-            f"{plan.work}: the work directory may need {format_size(need)} more, "
-            f"{format_size(free)} are free. Free some space, put [run] work on another disk, or "
-            "lower [merge.options] rank_factor."
-        )
-
-
-def _lay_out(plan: Plan, todo: set[str]) -> None:
-    """Create the arrays of the store and reserve the output's shards.
+    Returns:
+        Tasks whose markers speak of what was not there, or is not what they wrote.
 
     Raises:
         BudgetError: The output's disk is full; what was reserved by this call is removed.
     """
     stages = {plan.tasks[key].stage for key in todo}
+    gone = _lay_out_arrays(plan) if stages & {"forward", "merge", "walk", "write"} else set()
+    return gone | _reserve_shards(plan, todo)
+
+
+def _lay_out_arrays(plan: Plan) -> set[str]:
     store = FactorStore(plan.directory.factors)
-    if stages & {"forward", "merge", "walk"}:
-        for matrix in plan.matrices.values():
-            if matrix.moment and not matrix.summed:
-                store.create(
-                    matrix.name, len(plan.experts), matrix.outputs, matrix.inputs, matrix.rank
-                )
-            store.create_update(matrix.name, matrix.stored_shape)
-    rewritten = {plan.tasks[key].subject for key in todo if plan.tasks[key].stage == "write"}
+    gone: set[str] = set()
+    for matrix in plan.matrices.values():
+        if (
+            matrix.moment
+            and not matrix.summed
+            and store.create(
+                matrix.name, len(plan.experts), matrix.outputs, matrix.inputs, matrix.rank
+            )
+        ):
+            gone |= {forward_key(plan, expert, matrix) for expert in plan.experts}
+        if store.create_update(matrix.name, matrix.stored_shape):
+            gone.add(update_key(plan, matrix))
+    return {key for key in gone if plan.directory.marker(key).is_file()}
+
+
+def _reserve_shards(plan: Plan, todo: set[str]) -> set[str]:
+    writes = {task.key: task for task in plan.of_stage("write")}
+    gone: set[str] = set()
     reserved: list[Path] = []
     try:
         for name, layout in layouts_of(plan).items():
             if f"seal/{name}" not in todo:
                 continue
-            if name in rewritten:
-                (plan.output / name).unlink(missing_ok=True)
-            fresh = not (plan.output / (name + PARTIAL_SUFFIX)).exists()
+            there = is_reserved(plan.output, layout)
             path = reserve(plan.output, layout)
-            if fresh:
+            if not there:
                 reserved.append(path)
+            for key in plan.tasks[f"seal/{name}"].after:
+                # What an earlier run wrote may have been lost with the power, or damaged since.
+                if key not in todo and not (there and _is_written(plan, writes[key], path, layout)):
+                    gone.add(key)
     except BudgetError:
         for path in reserved:
             path.unlink(missing_ok=True)
         raise
+    return gone
+
+
+def _is_written(plan: Plan, task: Task, path: Path, layout: ShardLayout) -> bool:
+    """Whether a shard holds what a finished task wrote into it."""
+    hashes = plan.directory.results(task.key)[HASHES]
+    return all(hash_tensor(path, layout, name) == hashes[name] for name in task.tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ when as much of the budget is free. Dask's own resources do that on workers; a g
 does it for threads.
 """
 
-import errno
 import threading
 import time
 import uuid
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 from esm_stream import stopping
 from esm_stream.allocation import return_freed_memory
 from esm_stream.errors import (
-    BudgetError,
     EsmStreamError,
     ManifestError,
     StopRequestedError,
@@ -53,34 +51,39 @@ def run_task(plan_path: str, key: str, *after: object, following: str = "") -> f
         EsmStreamError: The task found a mistake in its input, or was asked to stop.
         TaskError: It failed otherwise.
     """
+    from esm_stream.space import storage_errors
     from esm_stream.stages.context import task_context
 
     stopping.check()
     return_freed_memory()
-    plan = load_plan(Path(plan_path))
+    plan = _plan_at(Path(plan_path))
     task = plan.tasks[key]
     started = time.perf_counter()
     try:
-        with _threads_of(plan), task_context(plan, task, plan.tasks.get(following)) as context:
-            result = _body(task.stage)(context)
-            read = context.bytes_read
-            result.values["bytes_read"] = sum(read.values())
-            result.values["bytes_read_experts"] = read["experts"]
+        with storage_errors(plan, f"task '{key}'"):
+            after_it = plan.tasks.get(following)
+            with _threads_of(plan), task_context(plan, task, after_it) as context:
+                result = _body(task.stage)(context)
+                read = context.bytes_read
+                result.values["bytes_read"] = sum(read.values())
+                result.values["bytes_read_experts"] = read["experts"]
+            seconds = time.perf_counter() - started
+            plan.directory.finish(key, task.fingerprint, result.outputs, result.values, seconds)
+            _drop_consumed_states(plan, task)
     except EsmStreamError:
         raise
     except MemoryError as error:
         raise TaskError(f"task '{key}' ran out of memory; lower [run] parallel") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BudgetError(
-                f"task '{key}': the disk is full. Free some space under {plan.work} or "
-                f"{plan.output} and run the same command again; finished work is kept"
-            ) from error
         raise TaskError(f"task '{key}' failed: {type(error).__name__}: {error}") from error
-    seconds = time.perf_counter() - started
-    plan.directory.finish(key, task.fingerprint, result.outputs, result.values, seconds)
-    _drop_consumed_states(plan, task)
     return seconds
+
+
+def _plan_at(path: Path) -> Plan:
+    try:
+        return load_plan(path)
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{path}: cannot be read as the plan of this run: {error}") from error
 
 
 def _body(stage: Stage) -> "Callable[[Context], TaskResult]":

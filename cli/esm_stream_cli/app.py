@@ -5,7 +5,17 @@ from typing import Annotated
 import typer
 
 from esm_stream import __version__
-from esm_stream_cli import calibrate, demo, imports, merge, methods, plan, schema, status
+from esm_stream_cli import (
+    calibrate,
+    demo,
+    imports,
+    merge,
+    methods,
+    plan,
+    schema,
+    status,
+    verify,
+)
 
 EPILOG = (
     "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 manifest, 4 inputs, 5 model "
@@ -25,6 +35,7 @@ app.command("merge")(merge.merge)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("schema")(schema.schema)
 app.command("methods")(methods.methods)

@@ -14,6 +14,8 @@ from esm_stream_cli.overrides import (
     Quiet,
     Restart,
     Scheduler,
+    Verify,
+    VerifyInputs,
     Work,
     read_manifest,
     require_device,
@@ -29,6 +31,8 @@ def calibrate(
     forward: Forward = None,
     scheduler: Scheduler = "local",
     restart: Restart = False,
+    verify: Verify = False,
+    verify_inputs: VerifyInputs = False,
     quiet: Quiet = False,
     as_json: JsonEvents = False,
 ) -> None:
@@ -45,6 +49,8 @@ def calibrate(
             calibration_only=True,
             scheduler=scheduler,
             restart=restart,
+            verify=verify,
+            verify_inputs=verify_inputs,
             quiet=quiet,
             as_json=as_json,
         )

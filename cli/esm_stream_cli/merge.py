@@ -22,6 +22,8 @@ from esm_stream_cli.overrides import (
     Quiet,
     Restart,
     Scheduler,
+    Verify,
+    VerifyInputs,
     Work,
     read_manifest,
     require_device,
@@ -43,6 +45,8 @@ def merge(
     forward: Forward = None,
     scheduler: Scheduler = "local",
     restart: Restart = False,
+    verify: Verify = False,
+    verify_inputs: VerifyInputs = False,
     quiet: Quiet = False,
     as_json: JsonEvents = False,
 ) -> None:
@@ -53,7 +57,15 @@ def merge(
     with clear_errors():
         loaded = read_manifest(manifest, memory, device, work, parallel, forward)
         require_device(loaded.run.device)
-        outcome = run(loaded, scheduler=scheduler, restart=restart, quiet=quiet, as_json=as_json)
+        outcome = run(
+            loaded,
+            scheduler=scheduler,
+            restart=restart,
+            verify=verify,
+            verify_inputs=verify_inputs,
+            quiet=quiet,
+            as_json=as_json,
+        )
         if not quiet and not as_json:
             typer.echo(
                 f"{outcome.output}: complete ({outcome.tasks_run} tasks run, "
@@ -67,6 +79,8 @@ def run(
     calibration_only: bool = False,
     scheduler: str = "local",
     restart: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
     quiet: bool = False,
     as_json: bool = False,
 ) -> "Outcome":
@@ -85,6 +99,8 @@ def run(
             scheduler=scheduler,
             parallel=loaded.run.parallel,
             restart=restart,
+            verify=verify,
+            verify_inputs=verify_inputs,
             listener=listener,
         )
 

@@ -41,6 +41,17 @@ Restart = Annotated[
         "touch is kept.",
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read all finished work first; what is damaged is made again."),
+]
+VerifyInputs = Annotated[
+    bool,
+    typer.Option(
+        "--verify-inputs",
+        help="Read all inputs first; refuse contents that changed since the last such run.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 JsonEvents = Annotated[
     bool, typer.Option("--json", help="Print events as JSON lines on standard output.")

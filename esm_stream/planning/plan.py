@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from esm_stream.calibration.steps import OUTSIDE, Mode, Step
 from esm_stream.methods import at_depth
 from esm_stream.scaling import Variant
+from esm_stream.store.files import sealed, unsealed, write_atomically
 from esm_stream.store.work import SCHEMA, WorkDirectory, in_merged
 
 ALL: Final = "all"
@@ -395,11 +396,16 @@ def observed_results(plan: Plan, expert: str, matrix: Matrix) -> dict[str, Any]:
     return found
 
 
+def save_plan(plan: Plan) -> None:
+    """Write a plan into its work directory, for the processes that run its tasks."""
+    write_atomically(plan.directory.plan, sealed(plan.dump()))
+
+
 def load_plan(path: Path) -> Plan:
-    """Read a plan written by `Plan.dump`; kept in memory until the file changes.
+    """Read a plan written by `save_plan`; kept in memory until the file changes.
 
     Raises:
-        ValueError: The file is not a plan of this version.
+        ValueError: The file is not a plan of this version, or not what was written.
     """
     status = path.stat()
     return _load(path, status.st_mtime_ns, status.st_size)
@@ -407,7 +413,7 @@ def load_plan(path: Path) -> Plan:
 
 @lru_cache(maxsize=4)
 def _load(path: Path, mtime_ns: int, size: int) -> Plan:  # noqa: ARG001 - parts of the cache's key
-    return _adapter().validate_json(path.read_bytes())
+    return _adapter().validate_json(unsealed(path.read_bytes()))
 
 
 def digest(*parts: Any) -> str:  # noqa: ANN401 - anything JSON can hold

@@ -45,7 +45,26 @@ class Context:
         self._readers: dict[str, TensorReader] = {}
         self._views: dict[tuple[str, str], Tensor] = {}
         self._held: tuple[tuple[str, str], ...] = ()
+        self._whole: set[Path] = set()
         self._ranges: dict[tuple[str, str, int, int], Tensor] = {}
+
+    def whole(self, path: Path) -> Path:
+        """A file of an earlier task in the work directory, as that task left it.
+
+        Raises:
+            DataError: It is gone or damaged.
+        """
+        if path not in self._whole:
+            name = path.relative_to(self.directory.root).as_posix()
+            drawn = (task.key for task in self.plan.of_stage("inputs"))
+            writers = (
+                key
+                for key in dict.fromkeys((*self.task.states, *self.task.after, *drawn))
+                if (marker := self.directory.read(key)) is not None
+                and any(output.path == name for output in marker.outputs)
+            )
+            self._whole.add(self.directory.require_whole(next(writers, ""), path))
+        return path
 
     def reader(self, name: str) -> TensorReader:
         """Reader of an expert, or of the base (name BASE)."""

@@ -21,30 +21,34 @@ from esm_stream.calibration.skeleton import (
 from esm_stream.planning.plan import ForwardPlan
 from esm_stream.stages.context import Context, blame, is_finite
 from esm_stream.stages.transfer import Block
-from esm_stream.store.work import WorkDirectory, in_merged
+from esm_stream.store.work import in_merged
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """An expert's samples on their way through a model: that expert's own, or the merged one."""
 
-    directory: WorkDirectory
+    context: Context
     expert: str
     in_merged: bool = False
 
     @property
     def batches(self) -> list[dict[str, Tensor]]:
         """Model inputs, micro-batch by micro-batch."""
-        return load_batches(self.directory.inputs(self.expert))
+        return load_batches(self.whole(self.context.directory.inputs(self.expert)))
 
     @property
     def arguments(self) -> Path:
         """What the skeleton hands to every block."""
-        return self.directory.arguments(self._way)
+        return self.context.directory.arguments(self._way)
 
     def hidden(self, block: int) -> Path:
         """Hidden states before a block."""
-        return self.directory.hidden(self._way, block)
+        return self.context.directory.hidden(self._way, block)
+
+    def whole(self, path: Path) -> Path:
+        """One of the files, to be read: as the task that wrote it left it."""
+        return self.context.whole(path)
 
     @property
     def _way(self) -> str:

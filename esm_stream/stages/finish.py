@@ -1,6 +1,7 @@
 """Stage 7: index, config, tokenizer, card and report beside the shards; complete.json last."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from esm_stream.checkpoints.companions import model_files
 from esm_stream.report.card import model_card
 from esm_stream.report.numbers import build_report
 from esm_stream.stages.context import Context, TaskResult, checkpoint_at
-from esm_stream.stages.write import layouts_of
-from esm_stream.store.files import write_atomically
+from esm_stream.stages.write import HASHES, layouts_of
+from esm_stream.store.files import sealed, write_atomically
 from esm_stream.write.shards import write_index
 
 COMPLETE = "complete.json"
@@ -27,19 +28,21 @@ def run(context: Context) -> TaskResult:
     report = build_report(plan, checkpoint_at(plan.base), experts)
     written.append(_write(output / "report.json", json.dumps(report, indent=1)))
     written.append(_write(output / "README.md", model_card(plan, report)))
+    outputs = [context.directory.record(path) for path in written]
     complete = {
         "esm_stream": plan.version,
         "shards": {
             name: {
                 "size": layout.file_size,
-                "xxh3_128": context.directory.results(f"seal/{name}")["xxh3_128"],
+                "header_sha256": sha256(layout.header).hexdigest(),
+                HASHES: context.directory.results(f"seal/{name}")[HASHES],
             }
             for name, layout in layouts.items()
         },
-        "files": sorted(path.name for path in written),
+        "files": {o.path: {"size": o.size, HASHES: o.xxh3_128} for o in outputs},
     }
-    written.append(_write(output / COMPLETE, json.dumps(complete, indent=1)))
-    return TaskResult([context.directory.record(path) for path in written])
+    write_atomically(output / COMPLETE, sealed(json.dumps(complete, indent=1).encode()))
+    return TaskResult([*outputs, context.directory.record(output / COMPLETE)])
 
 
 def _copy(source: Path, output: Path, dtype: str) -> Path:

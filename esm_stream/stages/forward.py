@@ -79,7 +79,7 @@ def _observation(context: Context, where: str) -> Observation:
 
 def _run_block(context: Context, result: TaskResult) -> None:
     plan, task, following = context.plan, context.task, context.following
-    expert, samples = Expert(context), Samples(context.directory, context.task.expert)
+    expert, samples = Expert(context), Samples(context, context.task.expert)
     step = expert.forward.steps[task.block]
     ahead = _block(plan, following) if following and _is_block(following) else None
     transfer.bring(context, _block(plan, task), ahead)
@@ -114,8 +114,9 @@ def _block(plan: Plan, task: Task) -> transfer.Block:
 def visit_calls(expert: Expert, samples: Samples, number: int, visit: Callable[..., None]) -> None:
     """Reach a block with all samples; `visit` gets the arguments of each of its calls."""
     if expert.forward.mode == "chain":
-        calls: list[Call] = load_value(samples.arguments, number)
-        for call, hidden in zip(calls, load_values(samples.hidden(number)), strict=True):
+        calls: list[Call] = load_value(samples.whole(samples.arguments), number)
+        states = load_values(samples.whole(samples.hidden(number)))
+        for call, hidden in zip(calls, states, strict=True):
             check()
             visit(*_with_hidden(call, hidden))
         return
@@ -169,7 +170,7 @@ def _replay(
                 step = steps[number]
                 if step.handed_on and number + 1 != end:
                     return stand_in(step, args, kwargs)
-                stored = load_value(samples.hidden(number + 1), index)
+                stored = load_value(samples.whole(samples.hidden(number + 1)), index)
                 if expert.forward.mode == "chain" and step.extra >= 0:
                     return (stored, *([None] * step.extra))
                 return stored
@@ -183,7 +184,7 @@ def _replay(
 def _run_outside(context: Context, result: TaskResult) -> None:
     expert = Expert(context)
     observation = _observation(context, OUTSIDE)
-    samples, model = Samples(context.directory, context.task.expert), expert.model()
+    samples, model = Samples(context, context.task.expert), expert.model()
     with _seen_by(observation, model):
         _replay(expert, samples, model, len(expert.forward.steps))
     observation.factor(result)
@@ -197,7 +198,7 @@ def _run_all(context: Context, result: TaskResult) -> None:
     expert = Expert(context)
     model = expert.model()
     outside = _observation(context, OUTSIDE)
-    batches = Samples(context.directory, context.task.expert).batches
+    batches = Samples(context, context.task.expert).batches
     passes = [SuspendedPass(partial(run_pass, model, expert.inputs(b))) for b in batches]
     with ExitStack() as undo:
         undo.enter_context(torch.random.fork_rng(devices=[]))

@@ -39,7 +39,7 @@ def run_total(context: Context) -> TaskResult:
     """Add up the groups of one sweep, in their order."""
     sums: Sums = {}
     for key in context.task.after:
-        for name, value in load_file(context.directory.statistics(key)).items():
+        for name, value in _load(context, key).items():
             add_to(sums, name, value)
     return _stored(context, context.task.key, sums)
 
@@ -51,7 +51,7 @@ def facts_of_population(context: Context, population: str, sweeps: int) -> list[
     whole = _whole(context, population, choice)
     known: list[Any] = []
     for sweep in range(sweeps):
-        sums = load_file(context.directory.statistics(f"total/{population}/{sweep}"))
+        sums = _load(context, f"total/{population}/{sweep}")
         known.append(method.settle(sums, known, whole))
     return known
 
@@ -72,6 +72,13 @@ def _whole(context: Context, population: str, choice: MethodChoice) -> Whole:
         if plan.population == population
     )
     return Whole(context.plan.expert_names, choice.weights, elements)
+
+
+def _load(context: Context, key: str) -> Sums:
+    """The sums that another task left."""
+    directory = context.directory
+    sums: Sums = load_file(directory.require_whole(key, directory.statistics(key)))
+    return sums
 
 
 def _stored(context: Context, key: str, sums: Sums) -> TaskResult:

@@ -21,7 +21,7 @@ from esm_stream.store.work import Output
 
 def run(context: Context) -> TaskResult:
     """Run the skeleton on all micro-batches of one expert."""
-    samples = Samples(context.directory, context.task.expert)
+    samples = Samples(context, context.task.expert)
     return TaskResult(run_stem(context, Expert(context), samples))
 
 

@@ -13,6 +13,7 @@ block as far as that input.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -59,7 +60,10 @@ class MergedModel(Expert):
         self._targets = output_tensors(context)
         self._merged: set[str] = set()
         self._values: dict[str, Tensor] = {}
-        context.add_model(OUTSIDE_WEIGHTS, context.directory.hidden(OUTSIDE_WEIGHTS, 0).parent)
+        path = outside_weights(context)
+        if context.task.block >= 0:
+            context.whole(path)
+        context.add_model(OUTSIDE_WEIGHTS, path.parent)
 
     @property
     def owner(self) -> str:
@@ -107,6 +111,11 @@ class MergedModel(Expert):
         return self._context.reader(OUTSIDE_WEIGHTS).lookup(name)
 
 
+def outside_weights(context: Context) -> Path:
+    """The file of the merged model's tensors outside the blocks."""
+    return context.directory.hidden(OUTSIDE_WEIGHTS, 0).parent / "model.safetensors"
+
+
 def output_tensors(context: Context) -> Mapping[str, TensorInfo]:
     """What every tensor will be in the output."""
     layouts = layouts_of(context.plan).values()
@@ -118,7 +127,7 @@ def output_tensors(context: Context) -> Mapping[str, TensorInfo]:
 
 def _begin(context: Context, result: TaskResult) -> None:
     """Merge what is outside the blocks into a file; in chain mode take the samples to block 0."""
-    path = context.directory.hidden(OUTSIDE_WEIGHTS, 0).parent / "model.safetensors"
+    path = outside_weights(context)
     path.parent.mkdir(parents=True, exist_ok=True)
     targets = output_tensors(context)
     infos = sorted((targets[n] for n in context.task.tensors), key=lambda info: -info.kind.bits)
@@ -135,7 +144,7 @@ def _begin(context: Context, result: TaskResult) -> None:
     if context.plan.forward.mode == "chain":
         model = MergedModel(context)
         for expert in context.plan.experts:
-            samples = Samples(context.directory, expert, in_merged=True)
+            samples = Samples(context, expert, in_merged=True)
             result.outputs += run_stem(context, model, samples)
 
 
@@ -249,7 +258,7 @@ def _moments(
             return
 
     with seen_by(see, (*kept, *stop), block, name):
-        visit_calls(model, Samples(context.directory, expert, in_merged=True), number, visit)
+        visit_calls(model, Samples(context, expert, in_merged=True), number, visit)
     return {key: moment.result() for key, moment in kept.items()}
 
 
@@ -294,7 +303,7 @@ def _save_states(context: Context, model: MergedModel, result: TaskResult) -> No
     name = model.forward.steps[number].block
     block = model.block(name)
     for expert in context.plan.experts:
-        samples = Samples(context.directory, expert, in_merged=True)
+        samples = Samples(context, expert, in_merged=True)
         outputs: list[Any] = []
 
         def visit(

@@ -28,6 +28,8 @@ from esm_stream.write.shards import PARTIAL_SUFFIX, ShardWriter, plan_shards, se
 
 # A call to write costs as much as a panel of an elementwise method: many go into one.
 GATHERED_BYTES: Final = 1 << 20
+HASHES: Final = "xxh3_128"
+"""Result of a writing or sealing task: the hash of each of its tensors."""
 
 
 def layouts_of(plan: Plan) -> dict[str, ShardLayout]:
@@ -43,17 +45,19 @@ def run(context: Context) -> TaskResult:
         for name in context.task.tensors:
             _write_tensor(context, context.plan.tensors[name], layout, writer)
         writer.sync()
+        hashes = writer.hashes(context.task.tensors)
     partial = Output("output", layout.file_name + PARTIAL_SUFFIX, layout.file_size, transient=True)
-    return TaskResult([partial])
+    return TaskResult([partial], {HASHES: hashes})
 
 
 def run_seal(context: Context) -> TaskResult:
-    """Give a complete shard its final name."""
+    """Give a complete shard its final name; its hashes are those of what was written."""
     layout = layouts_of(context.plan)[context.task.subject]
-    sealed = seal(context.plan.output, layout)
-    return TaskResult(
-        [Output("output", sealed["file"], sealed["size"])], {"xxh3_128": sealed["tensors"]}
-    )
+    hashes: dict[str, str] = {}
+    for key in context.task.after:
+        hashes |= context.directory.results(key)[HASHES]
+    seal(context.plan.output, layout)
+    return TaskResult([Output("output", layout.file_name, layout.file_size)], {HASHES: hashes})
 
 
 def _write_tensor(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from esm_stream.errors import DataError
 from esm_stream.methods.contract import Place
-from esm_stream.store.files import write_atomically
+from esm_stream.store.files import REPAIR, write_atomically
 from esm_stream.store.work import file_name
 from esm_stream.subspace.exact import added, float_of, grid_of, integers, regridded, size_of
 
@@ -87,7 +87,7 @@ class Partial:
         return float_of(self.integers(place), grid_of(self._panels[place]["sizes"]))
 
     def _damaged(self) -> DataError:
-        return DataError(f"{self.path}: damaged; remove it and run again")
+        return DataError(f"{self.path}: damaged. {REPAIR}")
 
 
 class SumStore:
@@ -123,7 +123,7 @@ class SumStore:
         if missing:
             raise DataError(
                 f"{self.root / file_name(matrix)}: {len(missing)} of {len(wanted)} experts are "
-                "missing in the sums; remove the directory and run again"
+                f"missing in the sums. {REPAIR}"
             )
         return found
 
@@ -181,6 +181,10 @@ class SumStore:
         for path in self._files(matrix):
             path.unlink()
 
+    def damaged(self) -> list[Path]:
+        """Files that are not what was written; all are read."""
+        return [path for path in sorted(self.root.glob("*/*.sums")) if not _is_whole(path)]
+
     def _partials(self, matrix: str, wanted: Collection[str]) -> list[Partial]:
         """Files all of whose members are wanted and in no file before, in order."""
         found: list[Partial] = []
@@ -222,6 +226,16 @@ class SumStore:
             finally:
                 os.close(descriptor)
             return
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        partial = Partial(path)
+        for place in partial.places:
+            partial.integers(place)
+    except DataError:
+        return False
+    return True
 
 
 class _OtherTermError(Exception):

@@ -1,27 +1,34 @@
 """Paths of the work directory, and the markers that decide what a resumed run may skip.
 
-A task is complete when its marker carries the fingerprint that the plan computes for it and every
-output it lists is there with its size. The marker is written last, after its outputs are on disk.
-A *transient* output (a hidden state, a shard that still has its ".partial" name) may be gone once
-every task that reads it is complete.
+A task is complete when its marker carries the fingerprint that the plan computes for it. The marker
+is written last, after its outputs are on disk, and knows when it is damaged. What it lists in the
+work directory has to be there as long as a task that reads it is not complete; *transient* outputs
+(a hidden state, a shard that still has its ".partial" name) are then removed.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
-import xxhash
-
-from esm_stream.store.files import fsync_path, write_atomically
+from esm_stream.errors import DataError
+from esm_stream.store.files import (
+    REPAIR,
+    TEMPORARY,
+    fsync_up_to,
+    hash_file,
+    remove_for_good,
+    sealed,
+    unsealed,
+    write_atomically,
+)
 
 SCHEMA: Final = 1
 OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "sums", "statistics", "done")
-OWN_NAMES: Final = {"lock", "plan.json", "plan.json.tmp", "events.jsonl", *OWN_FOLDERS}
+OWN_NAMES: Final = {"lock", "plan.json", "inputs.json", "events.jsonl", *OWN_FOLDERS}
 _SAFE: Final = "{},*=+@"
-_HASH_BYTES: Final = 4 << 20
 
 
 def in_merged(expert: str) -> str:
@@ -55,6 +62,21 @@ class Marker:
     results: dict[str, Any]
     seconds: float
 
+    @property
+    def transient(self) -> tuple[Output, ...]:
+        """What may be gone once every task that reads it is complete, and is then removed."""
+        return tuple(o for o in self.outputs if o.transient)
+
+    @property
+    def products(self) -> tuple[Output, ...]:
+        """What stays in the work directory unless the user wants the space."""
+        return tuple(o for o in self.outputs if o.root == "work" and not o.transient)
+
+    @property
+    def in_output(self) -> tuple[Output, ...]:
+        """What belongs to the merged model."""
+        return tuple(o for o in self.outputs if o.root == "output" and not o.transient)
+
 
 class WorkDirectory:
     """Paths and markers of one merge; cheap to make, holds no state."""
@@ -72,6 +94,11 @@ class WorkDirectory:
     def events(self) -> Path:
         """One JSON line per event of every run."""
         return self.root / "events.jsonl"
+
+    @property
+    def input_hashes(self) -> Path:
+        """Hashes of the contents of all inputs."""
+        return self.root / "inputs.json"
 
     @property
     def factors(self) -> Path:
@@ -122,19 +149,22 @@ class WorkDirectory:
         path = self.marker(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {"schema": SCHEMA, **asdict(marker)}
-        write_atomically(path, json.dumps(document, indent=1).encode())
+        write_atomically(path, sealed(json.dumps(document, indent=1).encode()))
+        fsync_up_to(self.root, path.parent)
 
     def read(self, key: str) -> Marker | None:
-        """The marker of a task; None if there is none or it is not readable as one."""
+        """The marker of a task; None if there is none or it is not what was written."""
         try:
-            document = json.loads(self.marker(key).read_bytes())
+            document = json.loads(unsealed(self.marker(key).read_bytes()))
             if document.pop("schema") != SCHEMA:
                 return None
             outputs = tuple(Output(**output) for output in document.pop("outputs"))
+            if not all(map(_stays_inside, outputs)):
+                return None
             return Marker(**document, outputs=outputs)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def results(self, key: str) -> dict[str, Any]:
@@ -148,28 +178,57 @@ class WorkDirectory:
             raise FileNotFoundError(f"{self.marker(key)}: task '{key}' has no readable marker")
         return marker.results
 
-    def forget(self, key: str) -> None:
-        """Remove the marker of a task."""
-        self.marker(key).unlink(missing_ok=True)
+    def forget(self, keys: Iterable[str]) -> None:
+        """Remove the markers of tasks, for good: what they speak of may be written again.
 
-    def persistent_outputs_exist(self, marker: Marker) -> bool:
-        """Whether everything that must outlive the run is there with its size."""
-        return all(self._exists(o) for o in marker.outputs if not o.transient)
+        A marker that came back after a power failure would vouch for files of other options.
+        """
+        remove_for_good(map(self.marker, keys))
 
-    def transient_outputs_exist(self, marker: Marker) -> bool:
-        """Whether what the next tasks read is still there."""
-        return all(self._exists(o) for o in marker.outputs if o.transient)
+    def all_exist(self, outputs: Iterable[Output]) -> bool:
+        """Whether files are there with their sizes."""
+        return all(self._exists(output) for output in outputs)
 
     def _exists(self, output: Output) -> bool:
         path = self.of(output)
         return path.is_file() and path.stat().st_size == output.size
 
+    def damage(self, output: Output) -> str | None:
+        """What is wrong with an output, found by reading it; None if nothing is."""
+        path = self.of(output)
+        if not path.is_file():
+            return f"{path}: missing"
+        size = path.stat().st_size
+        if size != output.size:
+            return f"{path}: has {size} bytes, {output.size} were written"
+        if output.xxh3_128 and hash_file(path) != output.xxh3_128:
+            return f"{path}: holds other bytes than were written"
+        return None
+
+    def require_whole(self, key: str, path: Path) -> Path:
+        """A file of the work directory, if it still is what a task left.
+
+        Args:
+            key: The task that wrote it, "" if there is none.
+            path: The file.
+
+        Raises:
+            DataError: It is gone or damaged.
+        """
+        marker = self.read(key) if key else None
+        name = path.relative_to(self.root).as_posix()
+        written = [o for o in marker.outputs if o.path == name] if marker else []
+        damage = self.damage(written[0]) if written else f"{path}: no marker says what it is"
+        if damage:
+            raise DataError(f"{damage}. {REPAIR}")
+        return path
+
     def record(self, path: Path, *, transient: bool = False) -> Output:
         """Force a file to the disk and describe it."""
         inside = path.is_relative_to(self.root)
-        relative = path.relative_to(self.root if inside else self.output)
-        fsync_path(path)
-        fsync_path(path.parent)
+        root = self.root if inside else self.output
+        relative = path.relative_to(root)
+        fsync_up_to(root, path)
         return Output(
             "work" if inside else "output",
             relative.as_posix(),
@@ -184,34 +243,17 @@ class WorkDirectory:
             for pattern in ("*.tmp", "*.partial"):
                 for path in (self.root / folder).rglob(pattern):
                     path.unlink(missing_ok=True)
+        for root in (self.root, self.output):
+            for path in root.glob(TEMPORARY):
+                path.unlink(missing_ok=True)
 
 
-def hash_file(path: Path) -> str:
-    """xxh3_128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def tasks_to_run(
-    order: Sequence[str],
-    readers: Mapping[str, Iterable[str]],
-    is_valid: Callable[[str], bool],
-    has_transients: Callable[[str], bool],
-) -> set[str]:
-    """Keys of the tasks that a resumed run has to run.
-
-    Args:
-        order: All tasks, each after the tasks it depends on.
-        readers: The tasks that read the transient outputs of a task.
-        is_valid: The marker's fingerprint matches and its persistent outputs are whole.
-        has_transients: The transient outputs are whole.
-    """
-    needed: set[str] = set()
-    for key in reversed(order):
-        is_read = any(reader in needed for reader in readers.get(key, ()))
-        if not is_valid(key) or (is_read and not has_transients(key)):
-            needed.add(key)
-    return needed
+def _stays_inside(output: Output) -> bool:
+    """Whether an output lies in the directory that it is said to be in."""
+    path = PurePosixPath(output.path)
+    return (
+        output.root in ("work", "output")
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and type(output.size) is int
+    )

@@ -2,7 +2,7 @@
 
 From:  plan_shards, from the base model's headers; write tasks, with tensors or panels of rows.
 To:    safetensors files byte-identical to those of `save_file` for tensors in the same order.
-Peak:  what the caller hands in; 4 MiB while sealing.
+Peak:  what the caller hands in; 4 MiB where bytes have to be read back to be hashed.
 
 A reserved shard has its final size and a valid header before its first tensor, so until it is
 sealed it is called `<name>.partial`. Written with pwrite, never through a map: a full disk is then
@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, Self
 
 import xxhash
 
@@ -34,14 +34,6 @@ HASH_BYTES = 4 * 2**20
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WRITE_RANK = {code: rank for rank, code in enumerate(reversed(tuple(DTYPES)))}
-
-
-class SealedShard(TypedDict):
-    """What a marker records of a finished shard."""
-
-    file: str
-    size: int
-    tensors: dict[str, str]  # xxh3_128 in hexadecimal, by tensor name
 
 
 def plan_shards(
@@ -115,6 +107,11 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
+def is_reserved(directory: Path, layout: ShardLayout) -> bool:
+    """Whether a shard's space is taken, under either of its names, and its header written."""
+    return any(_fits(path, layout) for path in _paths(directory, layout))
+
+
 def reserve(directory: Path, layout: ShardLayout) -> Path:
     """Take the disk space of a shard and write its header.
 
@@ -174,6 +171,21 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
+class _Hash:
+    """Hash of a tensor's bytes as long as they are written one after the other."""
+
+    def __init__(self) -> None:
+        self.digest = xxhash.xxh3_128()
+        self.end = 0
+        self.in_order = True
+
+    def add(self, offset: int, data: memoryview) -> None:
+        self.in_order = self.in_order and offset == self.end
+        if self.in_order:
+            self.digest.update(data)
+            self.end += len(data)
+
+
 class ShardWriter:
     """Puts tensors at their places in a reserved shard; any number of writers, in any order."""
 
@@ -181,6 +193,7 @@ class ShardWriter:
         self.layout = layout
         self._path = _paths(directory, layout)[1]
         self._descriptor = -1
+        self._hashes: dict[str, _Hash] = {}
 
     def __enter__(self) -> Self:
         self._descriptor = os.open(self._path, os.O_WRONLY)
@@ -236,20 +249,31 @@ class ShardWriter:
         """Return when everything written is on the disk."""
         os.fsync(self._descriptor)
 
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """xxh3_128 of tensors in hexadecimal.
+
+        What this writer wrote in order was hashed on its way; bytes of other tensors are read back.
+        """
+        return {name: self._hash(name) for name in names}
+
+    def _hash(self, name: str) -> str:
+        written = self._hashes.get(name, _Hash())
+        if written.in_order and written.end == self.layout.tensors[name].nbytes:
+            return written.digest.hexdigest()
+        return hash_tensor(self._path, self.layout, name)
+
     def _write(self, info: TensorInfo, offset: int, data: "Tensor") -> None:
         import torch
 
         if data.device.type != "cpu" or not data.is_contiguous():
             raise ValueError(f"{info.name}: want a contiguous CPU tensor, got {data.device}")
-        flat = data.detach().reshape(-1).view(torch.uint8)
-        _write_all(self._descriptor, flat.numpy().data, info.start + offset)
+        flat = data.detach().reshape(-1).view(torch.uint8).numpy().data
+        _write_all(self._descriptor, flat, info.start + offset)
+        self._hashes.setdefault(info.name, _Hash()).add(offset, flat)
 
 
-def seal(directory: Path, layout: ShardLayout) -> SealedShard:
+def seal(directory: Path, layout: ShardLayout) -> Path:
     """Give a filled shard its final name; doing it again changes nothing.
-
-    Returns:
-        The file's name and size and the hash of each tensor's bytes.
 
     Raises:
         TaskError: There is no shard with this layout.
@@ -262,28 +286,26 @@ def seal(directory: Path, layout: ShardLayout) -> SealedShard:
             "else removed or changed it; run again to write it anew."
         )
     fsync_path(path)
-    hashes = _hash_tensors(path, layout)
     path.rename(final)
     fsync_path(directory)
-    return {"file": layout.file_name, "size": layout.file_size, "tensors": hashes}
+    return final
 
 
-def _hash_tensors(path: Path, layout: ShardLayout) -> dict[str, str]:
-    buffer = memoryview(bytearray(HASH_BYTES))
-    hashes: dict[str, str] = {}
+def hash_tensor(path: Path, layout: ShardLayout, name: str) -> str:
+    """xxh3_128 of the bytes of one tensor in a file of this layout, in hexadecimal."""
+    info = layout.tensors[name]
+    buffer = memoryview(bytearray(min(HASH_BYTES, info.nbytes)))
+    digest = xxhash.xxh3_128()
+    left = info.nbytes
     with path.open("rb", buffering=0) as file:
-        file.seek(len(layout.header))
-        for name, info in layout.tensors.items():
-            digest = xxhash.xxh3_128()
-            left = info.nbytes
-            while left:
-                count = file.readinto(buffer[: min(left, HASH_BYTES)])
-                if not count:
-                    raise TaskError(f"{path}: became shorter while it was sealed. Run again.")
-                digest.update(buffer[:count])
-                left -= count
-            hashes[name] = digest.hexdigest()
-    return hashes
+        file.seek(info.start)
+        while left:
+            count = file.readinto(buffer[: min(left, HASH_BYTES)])
+            if not count:
+                raise TaskError(f"{path}: became shorter while it was read. Run again.")
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()
 
 
 def write_index(directory: Path, layouts: Sequence[ShardLayout]) -> None:

@@ -22,11 +22,10 @@ from esm_stream.calibration.hooks import observe_inputs
 from esm_stream.calibration.moments import InputMoment, ShiftMoment
 from esm_stream.manifest import load_manifest
 from esm_stream.planning.make import make_plan
-from esm_stream.planning.plan import Plan, Task
+from esm_stream.planning.plan import Plan, Task, save_plan
 from esm_stream.schedule import run_task
 from esm_stream.stages import expert, forward, inputs, observation, stem  # noqa: F401 - beforehand
 from esm_stream.stages.context import task_context
-from esm_stream.store.files import write_atomically
 
 EXPERT = "e0"
 Measured = dict[str, Any]
@@ -44,7 +43,7 @@ def prepare(folder: Path, device: str) -> Plan:
     run = manifest.run.model_copy(update={"device": device})
     plan = make_plan(manifest.model_copy(update={"run": run}))
     plan.directory.root.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan.directory.plan, plan.dump())
+    save_plan(plan)
     for task in plan.of_stage("inputs")[:1]:
         run_task(str(plan.directory.plan), task.key)
     return plan

@@ -529,6 +529,7 @@ def test_complete_json_has_the_hash_of_every_tensor(zoo: MakeZoo, run: Run) -> N
         content = (output / file).read_bytes()
         assert entry["size"] == len(content)
         start = 8 + int.from_bytes(content[:8], "little")
+        assert entry["header_sha256"] == hashlib.sha256(content[:start]).hexdigest()
         header = json.loads(content[8:start])
         header.pop("__metadata__", None)
         assert set(entry["xxh3_128"]) == set(header)
@@ -537,6 +538,9 @@ def test_complete_json_has_the_hash_of_every_tensor(zoo: MakeZoo, run: Run) -> N
             assert entry["xxh3_128"][name] == xxhash.xxh3_128_hexdigest(content[first:last])
     beside = {p.name for p in output.iterdir()} - set(complete["shards"])
     assert set(complete["files"]) == beside - {"complete.json"}
+    for file, entry in complete["files"].items():
+        content = (output / file).read_bytes()
+        assert entry == {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
 def test_report_and_card_say_what_was_done(zoo: MakeZoo, plan_of: PlanOf) -> None:

@@ -17,6 +17,7 @@ from esm_stream.errors import ChangedError, DataError, StopRequestedError
 from esm_stream.events import Event
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Plan
+from esm_stream.verify import verify
 
 EXPERTS = 3
 WITHOUT: dict[str, Any] = {"method": "owl", "alpha": 0.7, "options": {"inputs": "none"}}
@@ -268,8 +269,11 @@ def test_a_damaged_sum_is_named(zoo: MakeZoo, plan_of: PlanOf) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"0\.sums: damaged; remove it and run again"):
+    with pytest.raises(DataError, match=r"0\.sums: damaged"):
         merge_here(plan)
+    merge_here(plan, verify=True)
+    path.write_bytes(bytes(content))
+    assert [d.problem for d in verify(plan.work).damages] == [f"{path}: damaged"]
 
 
 def test_one_calibration_serves_other_solutions(zoo: MakeZoo, plan_of: PlanOf, run: Run) -> None:

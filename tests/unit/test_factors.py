@@ -150,11 +150,38 @@ def test_a_damaged_chunk_is_an_error_and_never_other_numbers(
         path.write_bytes(content)
 
 
+def test_a_flipped_bit_in_what_an_array_says_of_itself_changes_no_number(
+    store: FactorStore,
+) -> None:
+    store.write_factors(NAME, 0, factors(4))
+    store.write_update("w", torch.ones(6, 5))
+    wanted = whole(store, 0, 4), store.read_update("w", 0, 6)
+    for name in store.names():
+        path = store.root / name / "zarr.json"
+        content = path.read_bytes()
+        found_damage = 0
+        for place in range(0, len(content), 3):
+            path.write_bytes(flip(content, place))
+            damage = store.damage(name)
+            found_damage += damage is not None
+            try:
+                found = whole(store, 0, 4), store.read_update("w", 0, 6)
+            except DataError:
+                continue
+            assert torch.equal(found[0].basis_OK, wanted[0].basis_OK)
+            assert torch.equal(found[0].coordinates_KI, wanted[0].coordinates_KI)
+            assert torch.equal(found[0].spectrum, wanted[0].spectrum)
+            assert torch.equal(found[1], wanted[1])
+        assert found_damage > 20
+        path.write_bytes(content)
+        assert store.damage(name) is None
+
+
 def test_laying_out_again_keeps_what_fits_and_replaces_what_does_not(store: FactorStore) -> None:
     store.write_factors(NAME, 0, factors(4))
-    store.create(NAME, experts=3, outputs=6, inputs=5, rank=4)
+    assert not store.create(NAME, experts=3, outputs=6, inputs=5, rank=4)
     assert whole(store, 0, 4).basis_OK.shape == (6, 4)
-    store.create(NAME, experts=3, outputs=6, inputs=5, rank=2)
+    assert store.create(NAME, experts=3, outputs=6, inputs=5, rank=2)
     with pytest.raises(DataError, match="missing"):
         whole(store, 0, 2)
 

@@ -33,10 +33,14 @@ MAY_IMPORT = {
         *("budget", "calibration", "checkpoints", "manifest", "methods", "planning", "report"),
         *("scaling", "stopping", "store", "subspace", "write"),
     },
-    "schedule": {"allocation", "planning", "stages", "stopping"},
+    "completion": {"calibration", "planning", "stages", "store"},
+    "space": {"budget", "completion", "planning", "stages", "write"},
+    "verify": {"checkpoints", "completion", "planning", "stages", "store", "write"},
+    "same_inputs": {"planning", "stages", "store"},
+    "schedule": {"allocation", "planning", "space", "stages", "stopping"},
     "engine": {
-        *("budget", "checkpoints", "events", "planning", "schedule", "stages", "stopping"),
-        *("store", "write"),
+        *("checkpoints", "completion", "events", "planning", "same_inputs", "schedule"),
+        *("space", "stages", "stopping", "store", "verify", "write"),
     },
 }
 

@@ -1,6 +1,7 @@
 """The plan as data: order, fingerprints, changed keys, and a round trip through its file."""
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from esm_stream.planning.plan import (
     digest,
     flatten,
     load_plan,
+    save_plan,
     topological,
 )
+from esm_stream.store.files import sealed
 
 
 def task(key: str, *after: str) -> Task:
@@ -217,8 +220,8 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         },
         notes=("note",),
     )
-    path = tmp_path / "plan.json"
-    path.write_bytes(plan.dump())
+    save_plan(plan)
+    path = plan.directory.plan
     found = load_plan(path)
     assert found == plan
     assert found.dump() == plan.dump()
@@ -230,11 +233,17 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path: Path) -> None:
         4,
     )
     assert matrix.group == "role@6x5"
+    content = path.read_bytes()
+    assert json.loads(content)["work"] == str(plan.work)
+    for place in range(0, len(content), 37):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match="not what was written"):
+            load_plan(path)
 
 
 def test_a_plan_that_changed_on_disk_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for content in (b"{}", b"[]", b"not json"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"Plan|JSON"):
+        path.write_bytes(content if content == b"not json" else sealed(content))
+        with pytest.raises(ValueError, match=r"Plan|JSON|not what was written"):
             load_plan(path)

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm_stream.store.work import Marker, Output, WorkDirectory, file_name, tasks_to_run
+from esm_stream.completion import tasks_to_run
+from esm_stream.errors import DataError
+from esm_stream.store.files import sealed
+from esm_stream.store.work import Marker, Output, WorkDirectory, file_name
 
 KEYS = [
     "inputs/a",
@@ -37,9 +40,9 @@ def test_a_marker_reads_back_as_it_was_written(key: str, directory: WorkDirector
         key, "f" * 64, outputs, {"norm": 1.5, "scales": {"a": 2.0}}, 0.25
     )
     assert directory.results(key)["norm"] == 1.5
-    directory.forget(key)
+    directory.forget([key])
     assert directory.read(key) is None
-    directory.forget(key)
+    directory.forget([key])
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,16 @@ def test_a_name_is_one_path_component(name: str) -> None:
     assert "/" not in file_name(name)
 
 
+def reseal(document: dict[str, object]) -> str:
+    """A marker of other contents, with the hash that belongs to them."""
+    document.pop("xxh3_128")
+    return sealed(json.dumps(document).encode()).decode()
+
+
+def output(path: str) -> dict[str, object]:
+    return {"root": "work", "path": path, "size": 1, "xxh3_128": "", "transient": False}
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -74,10 +87,15 @@ def test_a_name_is_one_path_component(name: str) -> None:
         lambda _: "[]",
         lambda _: "null",
         lambda _: '"text"',
-        lambda text: json.dumps({**json.loads(text), "schema": 999}),
-        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "outputs"}),
-        lambda text: json.dumps({**json.loads(text), "outputs": [{"no": "output"}]}),
-        lambda text: json.dumps({**json.loads(text), "surplus": 1}),
+        lambda text: reseal({**json.loads(text), "schema": 999}),
+        lambda text: reseal({k: v for k, v in json.loads(text).items() if k != "outputs"}),
+        lambda text: reseal({**json.loads(text), "outputs": [{"no": "output"}]}),
+        lambda text: reseal({**json.loads(text), "outputs": [output("/etc/passwd")]}),
+        lambda text: reseal({**json.loads(text), "outputs": [output("a/../../b")]}),
+        lambda text: reseal({**json.loads(text), "outputs": [{**output("a"), "root": "home"}]}),
+        lambda text: reseal({**json.loads(text), "surplus": 1}),
+        lambda text: text.replace('"seconds": 0.0', '"seconds": 0.1'),
+        lambda _: sealed(b'{"a":' + b"[" * 100_000).decode(),
         lambda _: "\xff",
     ],
 )
@@ -92,6 +110,43 @@ def test_what_is_no_marker_reads_as_none(
         directory.results("finish")
 
 
+def test_any_flipped_bit_of_a_marker_is_found(directory: WorkDirectory) -> None:
+    directory.finish("finish", "f", [Output("work", "x", 3, "ab")], {"norm": 1.5}, 0.25)
+    path = directory.marker("finish")
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = bytes([content[place] ^ (1 << bit)])
+            path.write_bytes(content[:place] + flipped + content[place + 1 :])
+            assert directory.read("finish") is None
+    path.write_bytes(content)
+    assert directory.results("finish") == {"norm": 1.5}
+
+
+def test_a_resealed_marker_is_read(directory: WorkDirectory) -> None:
+    directory.finish("finish", "f", [], {}, 0.0)
+    path = directory.marker("finish")
+    path.write_text(reseal({**json.loads(path.read_text()), "outputs": [output("a/b")]}))
+    assert directory.read("finish") is not None
+
+
+def test_a_file_is_whole_only_as_its_task_left_it(directory: WorkDirectory) -> None:
+    path = directory.root / "hidden/e/0001.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"1234")
+    directory.finish("forward/e/0000", "f", [directory.record(path, transient=True)], {}, 0.0)
+    assert directory.require_whole("forward/e/0000", path) == path
+    for content, says in ((b"1235", "other bytes"), (b"123", "3 bytes, 4 were"), (None, "missing")):
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=f"0001.safetensors: .*{says}"):
+            directory.require_whole("forward/e/0000", path)
+    with pytest.raises(DataError, match="no marker"):
+        directory.require_whole("forward/e/0001", path)
+
+
 def test_outputs_exist_only_with_their_size(directory: WorkDirectory) -> None:
     (directory.root / "kept").write_bytes(b"1234")
     (directory.output / "passing").write_bytes(b"12")
@@ -104,13 +159,13 @@ def test_outputs_exist_only_with_their_size(directory: WorkDirectory) -> None:
         ("output", 2, True),
     ]
     marker = Marker("k", "f", tuple(outputs), {}, 0.0)
-    assert directory.persistent_outputs_exist(marker)
-    assert directory.transient_outputs_exist(marker)
+    assert directory.all_exist(marker.products)
+    assert directory.all_exist(marker.transient)
     (directory.output / "passing").unlink()
-    assert directory.persistent_outputs_exist(marker)
-    assert not directory.transient_outputs_exist(marker)
+    assert directory.all_exist(marker.products)
+    assert not directory.all_exist(marker.transient)
     (directory.root / "kept").write_bytes(b"123")
-    assert not directory.persistent_outputs_exist(marker)
+    assert not directory.all_exist(marker.products)
 
 
 def test_a_sweep_removes_unfinished_files_of_the_work_directory_only(
@@ -150,7 +205,7 @@ def test_nothing_needed_is_skipped_and_nothing_complete_is_run(
     situation: tuple[list[str], dict[str, list[str]], dict[str, list[str]], set[str], set[str]],
 ) -> None:
     order, after, readers, valid, present = situation
-    chosen = tasks_to_run(order, readers, valid.__contains__, present.__contains__)
+    chosen = tasks_to_run(order, valid.__contains__, [(readers, present.__contains__)])
     # Needed: whatever is not valid runs, and finds the outputs of all it depends on.
     assert {key for key in order if key not in valid} <= chosen
     for key in chosen:
@@ -165,4 +220,4 @@ def test_nothing_needed_is_skipped_and_nothing_complete_is_run(
 def test_a_finished_graph_runs_nothing_though_its_transients_are_gone() -> None:
     order = ["stem", "forward", "merge"]
     readers = {"stem": ["forward"], "forward": ["merge"]}
-    assert tasks_to_run(order, readers, lambda _: True, lambda _: False) == set()
+    assert tasks_to_run(order, lambda _: True, [(readers, lambda _: False)]) == set()

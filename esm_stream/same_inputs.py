@@ -1,0 +1,100 @@
+"""Inputs whose contents changed though size and time did not: what `--verify-inputs` looks for.
+
+From:  every file of weights of base and experts, and all calibration data, read whole.
+To:    work/inputs.json, their hashes; engine.py, which refuses or computes anew what read them.
+
+A file whose size, time or header changed needs none of this: its tasks have other fingerprints.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from esm_stream.planning.plan import Plan, Task
+from esm_stream.stages.context import checkpoint_at
+from esm_stream.store.files import hash_file, sealed, unsealed, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a file held when it was read."""
+
+    size: int
+    mtime_ns: int
+    xxh3_128: str
+
+
+def contents_of(plan: Plan) -> dict[str, Contents]:
+    """Contents of all inputs, by path."""
+    return {str(path): _contents(path) for path in dict.fromkeys(_files(plan))}
+
+
+def changed_unseen(plan: Plan, found: Mapping[str, Contents]) -> list[Path]:
+    """Files that hold something else than when they were last read, with the same size and time."""
+    before = _recorded(plan)
+    return [
+        Path(path)
+        for path, now in found.items()
+        if (old := before.get(path)) is not None
+        and (old.size, old.mtime_ns) == (now.size, now.mtime_ns)
+        and old.xxh3_128 != now.xxh3_128
+    ]
+
+
+def record(plan: Plan, found: Mapping[str, Contents]) -> None:
+    """Keep what the inputs hold for the next run."""
+    document = {"files": {path: asdict(contents) for path, contents in found.items()}}
+    write_atomically(plan.directory.input_hashes, sealed(json.dumps(document, indent=1).encode()))
+
+
+def readers_of(plan: Plan, files: list[Path]) -> set[str]:
+    """Tasks that read any of the files, and all that depend on them."""
+    found: set[str] = set()
+    for task in plan.tasks.values():
+        if any(_reads(plan, task, path) for path in files) or found & set(_parents(plan, task)):
+            found.add(task.key)
+    return found
+
+
+def _parents(plan: Plan, task: Task) -> Iterator[str]:
+    """Tasks that a task depends on; forwards of other experts only come before it."""
+    for key in task.after:
+        if task.stage != "forward" or plan.tasks[key].expert == task.expert:
+            yield key
+
+
+def _files(plan: Plan) -> Iterator[Path]:
+    for root in (plan.base, *plan.experts.values()):
+        yield from (header.path for header in checkpoint_at(root).headers)
+    for task in plan.of_stage("inputs"):
+        for source in map(Path, task.reads):
+            yield from sorted(p for p in source.rglob("*") if p.is_file())
+            if source.is_file():
+                yield source
+
+
+def _contents(path: Path) -> Contents:
+    status = path.stat()
+    return Contents(status.st_size, status.st_mtime_ns, hash_file(path))
+
+
+def _recorded(plan: Plan) -> dict[str, Contents]:
+    """What an earlier run found; nothing if there is no record or it is damaged."""
+    try:
+        document = json.loads(unsealed(plan.directory.input_hashes.read_bytes()))
+        return {path: Contents(**entry) for path, entry in document["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _reads(plan: Plan, task: Task, path: Path) -> bool:
+    if task.stage == "inputs":
+        return any(path.is_relative_to(source) for source in task.reads)
+    for name, root in (("", plan.base), *plan.experts.items()):
+        headers = {header.path: header for header in checkpoint_at(root).headers}
+        # A task of one expert reads that expert and the base; others read all of them.
+        concerned = not name or task.expert in ("", name)
+        if concerned and path in headers and set(task.reads) & set(headers[path].tensors):
+            return True
+    return False
