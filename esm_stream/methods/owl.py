@@ -11,7 +11,7 @@ Letters: O output features, I input features, M rows of a panel.
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -29,7 +29,7 @@ from esm_stream.methods.contract import (
 from esm_stream.methods.profiles import Modality
 from esm_stream.subspace.band import Band
 from esm_stream.subspace.basis import frobenius_norm
-from esm_stream.subspace.cholesky import lower_panels, solve_ridge
+from esm_stream.subspace.cholesky import fit_ridge, lower_panels
 from esm_stream.subspace.gram import fill_upper, gram, row_panels
 from esm_stream.subspace.sizes import TILE, TILE_COLUMNS, is_banded
 
@@ -44,13 +44,16 @@ class OwlOptions(MethodOptions):
         '("none": no samples, m counts as 0).',
     )
     m: float = Field(
-        0.4, ge=0, le=1, description="Share of the inputs in the metric; the rest is D_t^T D_t."
+        0.5, ge=0, le=1, description="Share of the inputs in the metric; the rest is D_t^T D_t."
     )
     mu: NonNegativeFloat = Field(
         0.05, description="Ridge of the least squares fit, relative to the mean diagonal of K."
     )
-    p: float = Field(
-        0.6, ge=0, le=1, description="Power of the output whitening; 0 switches it off."
+    p: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description='Power of the output whitening; 0 switches it off. "auto": matrix by matrix, '
+        "0.7 r^(1/4), where r is the share of the updates' responses that one matrix cannot give; "
+        "without samples 0.6.",
     )
     eps: PositiveFloat = Field(
         1e-3, description="Added to the spectrum of L, relative to its mean, before whitening."
@@ -58,14 +61,15 @@ class OwlOptions(MethodOptions):
 
 
 class Owl(SumMethod):
-    """W = W0 + alpha * M, from three sums over the experts.
+    """W = W0 + alpha * M, from sums over the experts.
 
     With e_t = |D_t|^2 and G_t the mean of x x^T over the inputs x that the layer sees:
     B_t = (1 - m) D_t^T D_t + m (e_t / tr G_t) G_t,
     N = sum of D_t B_t, K = sum of B_t, L = sum of D_t D_t^T / e_t,
     R = N (K + mu tr(K) / I)^-1, the least squares fit of all updates in the inputs of each,
     M = (L O / tr L + eps)^-p R, rescaled to |R|: output directions that experts share go down,
-    those of single experts up.
+    those of single experts up; by p = 0.7 r^(1/4), where r is the share of the responses
+    W = sum of tr D_t B_t D_t^T that R leaves unexplained.
 
     Experts without an update contribute nothing; for those that a layer saw no input of, m is 0.
     Matrices of the blocks only; the rest is averaged.
@@ -87,16 +91,12 @@ class Owl(SumMethod):
         self.uses_moments = options.inputs != "none"
         self.inputs_of_merged = options.inputs == "merged"
 
-    def alpha_for(self, modality: Modality, num_experts: int) -> float:
-        """As measured (docs/methods/owl.md).
-
-        Vision, merged model's inputs: 2.2 up to 8 experts, 1.8 for 14, 1.6 for 20.
-        """
-        if modality == "language":
-            return 1.75
-        if self.inputs_of_merged:
-            return round(2.2 * float(min(1.0, 8 / num_experts) ** 0.35), 2)
-        return 1.9 if self.uses_moments else 1.6
+    def alpha_for(self, modality: Modality, num_experts: int) -> float:  # noqa: ARG002
+        """1 for one expert, slowly more for more, as measured (docs/methods/owl.md)."""
+        if not self.uses_moments:
+            return 1.6
+        rise = 0.8 if self.inputs_of_merged else 0.65
+        return round(1 + rise * math.sqrt(math.log(num_experts)), 2)
 
     def identity(self, step: Literal["term", "solve"]) -> dict[str, object]:
         """Options that decide the numbers of one step."""
@@ -111,32 +111,42 @@ class Owl(SumMethod):
             *(Place("K", start, stop, stop) for start, stop in _panels(inputs)),
             *(Place("N", start, stop, inputs) for start, stop in _panels(outputs)),
             *(Place("L", start, stop, stop) for start, stop in _panels(outputs)),
+            Place("W", 0, 1, 1),
         )
 
     def term(self, update_OI: Tensor, moment: Moment | None) -> Iterator[Tensor]:
-        """B_t, D_t B_t and D_t D_t^T / e_t of one expert, float64, panel by panel."""
+        """B_t, D_t B_t, D_t D_t^T / e_t and tr D_t B_t D_t^T of one expert, panel by panel."""
         share = self.options.m if moment is not None else 0.0
         return owl_term(update_OI, moment.matrix if moment and share else None, share)
 
     def solve(self, sums: SumReader, shape: tuple[int, int]) -> Merged:
         """Steps 3 and 4 of the definition, float64."""
-        fit_OI = self._fit(sums, shape)
-        if not self.options.p:
-            return Merged(fit_OI)
-        panels = (sums(place) for place in self._places("L", shape))
+        fit_OI, explained = self._fit(sums, shape)
+        response = float(sums(Place("W", 0, 1, 1)))
+        unexplained = max(0.0, 1 - explained / response) if response else 0.0
+        diagnostics = {"unexplained": unexplained}
+        power = self._power(unexplained)
+        if not power:
+            return Merged(fit_OI, diagnostics)
         sharing_OO = torch.zeros(shape[0], shape[0], dtype=fit_OI.dtype, device=fit_OI.device)
-        for whole_MN, panel_MN in zip(lower_panels(sharing_OO), panels, strict=True):
-            whole_MN.copy_(panel_MN)
-        diagnostics = {"effective_outputs": _effective_rank(sharing_OO)}
-        return Merged(whitened(fit_OI, sharing_OO, self.options.p, self.options.eps), diagnostics)
+        for whole_MN, place in zip(lower_panels(sharing_OO), self._places("L", shape), strict=True):
+            whole_MN.copy_(sums(place))
+        diagnostics |= {"power": power, "effective_outputs": _effective_rank(sharing_OO)}
+        return Merged(whitened(fit_OI, sharing_OO, power, self.options.eps), diagnostics)
 
-    def _fit(self, sums: SumReader, shape: tuple[int, int]) -> Tensor:
-        """R = N (K + r I)^-1."""
+    def _fit(self, sums: SumReader, shape: tuple[int, int]) -> tuple[Tensor, float]:
+        """R = N (K + r I)^-1, and how much of the experts' responses it gives."""
         panels = [sums(place) for place in self._places("K", shape)]
         target_OI = panels[0].new_empty(shape)
         for place in self._places("N", shape):
             target_OI[place.start : place.stop] = sums(place)
-        return solve_ridge(target_OI, panels, self.options.mu)
+        return fit_ridge(target_OI, panels, self.options.mu)
+
+    def _power(self, unexplained: float) -> float:
+        """p; with "auto" more of it the more the experts conflict in this matrix."""
+        if self.options.p != "auto":
+            return float(self.options.p)
+        return 0.7 * unexplained**0.25 if self.uses_moments else 0.6
 
     def _places(self, name: str, shape: tuple[int, int]) -> list[Place]:
         """The panels of one sum."""
@@ -160,7 +170,7 @@ class Owl(SumMethod):
 
 
 def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Iterator[Tensor]:
-    """Panels of one expert's B_t, D_t B_t and D_t D_t^T / e_t, in the order of `Owl.places`.
+    """Panels of B_t, D_t B_t, D_t D_t^T / e_t and tr D_t B_t D_t^T, as in `Owl.places`.
 
     Args:
         update_OI: Update D_t, any float dtype.
@@ -189,15 +199,20 @@ def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Itera
         yield metric_II[start:stop, :stop]
     if product_OO is None:
         fill_upper(metric_II)
+    responses = []
     for start, stop in _panels(outputs):
+        rows_MI = update_OI[start:stop].double()
         if product_OO is None:
-            yield update_OI[start:stop].double() @ metric_II
+            part_MN = rows_MI @ metric_II
         else:
-            yield _times(product_OO[start:stop], update_OI)
-    del metric_II
+            part_MN = _times(product_OO[start:stop], update_OI)
+        responses.append(float((part_MN * rows_MI).sum()))
+        yield part_MN
+    del metric_II, part_MN
     for start, stop in _panels(outputs):
         whole_MN = product_OO[start:stop, :stop] if product_OO is not None else None
         yield (_outer(update_OI, start, stop, stop) if whole_MN is None else whole_MN) / energy
+    yield torch.tensor([[math.fsum(responses)]], dtype=torch.float64, device=update_OI.device)
 
 
 def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from esm_stream.subspace.basis import frobenius_norm
 from esm_stream.subspace.gram import lower_tiles
 
 _EPSILON = torch.finfo(torch.float64).eps
@@ -26,22 +27,31 @@ def lower_panels(symmetric_NN: Tensor) -> list[Tensor]:
 
 
 def solve_ridge(target_ON: Tensor, panels: Sequence[Tensor], ridge: float) -> Tensor:
-    """N (K + ridge tr(K) / side I)^-1, float64; zero where K is; overwrites both.
+    """R = N (K + ridge tr(K) / side I)^-1, float64; zero where K is; overwrites both.
 
     Args:
         target_ON: N.
         panels: Lower panels of K, positive semi-definite.
         ridge: Relative to the mean of K's diagonal; at least some rounding is added in any case.
     """
+    return fit_ridge(target_ON, panels, ridge)[0]
+
+
+def fit_ridge(target_ON: Tensor, panels: Sequence[Tensor], ridge: float) -> tuple[Tensor, float]:
+    """`solve_ridge`, and tr(R (2 N - R K)^T): by how much R lowers the squares that it fits."""
     diagonals = [_diagonal_of(panel_MN) for panel_MN in panels]
     trace = sum(float(tile_MM.trace()) for tile_MM in diagonals)
     if trace == 0:
-        return target_ON.zero_()
+        return target_ON.zero_(), 0.0
     shift = max(ridge / target_ON.shape[1], 4 * _EPSILON) * trace
     for tile_MM in diagonals:
         tile_MM.diagonal().add_(shift)
     factor_in_place(panels)
-    return _solve(target_ON, panels)
+    # With K + shift = C C^T: R K = N - shift R, and tr(R N^T) is the square of N C^-T.
+    _eliminate(target_ON, panels)
+    product = frobenius_norm(target_ON) ** 2
+    _substitute_back(target_ON, panels)
+    return target_ON, product + shift * frobenius_norm(target_ON) ** 2
 
 
 def factor_in_place(panels: Sequence[Tensor]) -> None:
@@ -59,9 +69,8 @@ def factor_in_place(panels: Sequence[Tensor]) -> None:
         tile_MM.copy_(torch.linalg.cholesky(tile_MM))
 
 
-def _solve(target_ON: Tensor, factor: Sequence[Tensor]) -> Tensor:
-    """N (C C^T)^-1, in place."""
-    _eliminate(target_ON, factor)
+def _substitute_back(target_ON: Tensor, factor: Sequence[Tensor]) -> None:
+    """The rows times C^-1, in place."""
     for panel_MN in reversed(factor):
         stop = panel_MN.shape[1]
         start = stop - len(panel_MN)
@@ -71,7 +80,6 @@ def _solve(target_ON: Tensor, factor: Sequence[Tensor]) -> Tensor:
         )
         if start:
             target_ON[:, :start].addmm_(own_OM, panel_MN[:, :start], alpha=-1)
-    return target_ON
 
 
 def _eliminate(rows_ON: Tensor, factor: Sequence[Tensor]) -> None:

@@ -147,9 +147,9 @@ def test_missing_directions_are_treated_as_specified(path: Path) -> None:
 
 
 OWL_SETTINGS: dict[str, dict[str, object]] = {
-    "default": {},
-    "datafree": {"inputs": "none"},
-    "p0": {"p": 0.0},
+    "default": {"m": 0.4, "p": 0.6},
+    "datafree": {"inputs": "none", "p": 0.6},
+    "p0": {"m": 0.4, "p": 0.0},
     "m.7p.3": {"m": 0.7, "p": 0.3},
 }
 

@@ -4,13 +4,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from merging import merge
+from merging import merge, merge_sums
 from torch import Tensor
 
 from esm_stream.methods import create
-from esm_stream.methods.contract import Moment, SumMethod
+from esm_stream.methods.contract import Merged, Moment, SumMethod
 from esm_stream.methods.owl import Owl
-from esm_stream.methods.profiles import Modality
 
 SHAPES = [(12, 12), (20, 8), (8, 20)]
 
@@ -30,7 +29,7 @@ def moments(inputs: int, count: int = 3) -> list[Moment]:
 
 
 def owl(changes: list[Tensor], seen: list[Moment] | None = None, **options: object) -> Tensor:
-    return merge("owl", changes, moments=seen, options=options)
+    return merge("owl", changes, moments=seen, options={"m": 0.4, "p": 0.6, **options})
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
@@ -168,15 +167,55 @@ def test_terms_come_in_the_places_that_the_method_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modality", "inputs", "alphas"),
+    ("inputs", "alphas"),
     [
-        ("vision", "merged", [2.2, 2.2, 1.81, 1.6]),
-        ("vision", "expert", [1.9] * 4),
-        ("vision", "none", [1.6] * 4),
-        ("language", "merged", [1.75] * 4),
+        ("merged", [1.0, 1.67, 2.15, 2.38]),
+        ("expert", [1.0, 1.54, 1.94, 2.13]),
+        ("none", [1.6, 1.6, 1.6, 1.6]),
     ],
 )
-def test_default_alpha(modality: Modality, inputs: str, alphas: list[float]) -> None:
-    method = create("owl", {"inputs": inputs}, modality)
+def test_default_alpha(inputs: str, alphas: list[float]) -> None:
+    method = create("owl", {"inputs": inputs}, "vision")
     assert isinstance(method, Owl)
-    assert [method.alpha_for(modality, count) for count in (2, 8, 14, 20)] == alphas
+    for modality in ("vision", "language"):
+        assert [method.alpha_for(modality, count) for count in (1, 2, 8, 20)] == alphas
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+class TestPowerByConflict:
+    """p = "auto" of the share of the responses that one matrix leaves unexplained."""
+
+    def solved(self, changes: list[Tensor], seen: list[Moment] | None, **options: object) -> Merged:
+        method = create("owl", options if seen else {**options, "inputs": "none"}, "vision")
+        assert isinstance(method, SumMethod)
+        return merge_sums(method, changes, seen or [None] * len(changes))
+
+    def test_share_is_that_of_the_definition(self, shape: tuple[int, int]) -> None:
+        changes, seen = updates(shape), moments(shape[1])
+        for share, given in ((0.5, seen), (0.0, None)):
+            fit = self.solved(changes, given, p=0, m=share).update_OI
+            left = whole = 0.0
+            for change, moment in zip(changes, seen, strict=True):
+                scale = float(change.square().sum() / moment.matrix.trace())
+                metric = (1 - share) * change.T @ change + share * scale * moment.matrix
+                left += float(torch.trace((fit - change) @ metric @ (fit - change).T))
+                whole += float(torch.trace(change @ metric @ change.T))
+            found = self.solved(changes, given, p=0, m=share).diagnostics["unexplained"]
+            assert found == pytest.approx(left / whole, rel=1e-9)
+
+    def test_power_follows_the_share(self, shape: tuple[int, int]) -> None:
+        changes, seen = updates(shape), moments(shape[1])
+        found = self.solved(changes, seen)
+        share, power = found.diagnostics["unexplained"], found.diagnostics["power"]
+        assert power == pytest.approx(0.7 * share**0.25)
+        near(found.update_OI, self.solved(changes, seen, p=power).update_OI)
+
+    def test_equal_experts_are_not_whitened(self, shape: tuple[int, int]) -> None:
+        change, moment = updates(shape)[0], moments(shape[1])[0]
+        found = self.solved([change] * 3, [moment] * 3, mu=0.0)
+        assert found.diagnostics["unexplained"] == pytest.approx(0, abs=1e-12)
+        near(found.update_OI, change, 1e-3)
+
+    def test_without_samples_it_is_a_constant(self, shape: tuple[int, int]) -> None:
+        changes = updates(shape)
+        near(self.solved(changes, None).update_OI, self.solved(changes, None, p=0.6).update_OI)
