@@ -103,12 +103,14 @@ def calibrate(
     Args and errors are those of `merge`; besides:
 
     Raises:
-        ManifestError: No method of the plan looks at data.
+        ManifestError: No method of the plan needs the experts' forwards.
     """
-    if not any(task.stage in CALIBRATION for task in plan.tasks.values()):
+    if not plan.of_stage("forward"):
+        walks = plan.of_stage("walk")
+        why = "runs the merged model, which the merge makes" if walks else "looks at weights only"
         raise ManifestError(
-            f"nothing to calibrate: {plan.manifest['merge']['method']} with these options looks at "
-            "weights only; run merge"
+            f"nothing to calibrate: {plan.manifest['merge']['method']} with these options {why}; "
+            "run merge"
         )
     how = _How(scheduler, parallel, restart, verify, verify_inputs)
     return _run_stages(plan, CALIBRATION, how, listener)

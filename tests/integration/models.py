@@ -295,18 +295,22 @@ def write_manifest(path: Path, document: dict[str, Any]) -> Path:
 
 
 def toml(document: dict[str, Any]) -> str:
-    """A document of sections and lists of sections as TOML."""
+    """A document of sections and lists of sections as TOML, which leaves out what is None."""
     lines = []
     for name, section in document.items():
         for table in section if isinstance(section, list) else [section]:
             lines.append(f"[[{name}]]" if isinstance(section, list) else f"[{name}]")
-            lines += [f"{key} = {_value(value)}" for key, value in table.items()]
+            lines += [
+                f"{key} = {_value(value)}" for key, value in table.items() if value is not None
+            ]
     return "\n".join(lines) + "\n"
 
 
 def _value(value: Any) -> str:  # noqa: ANN401
     if isinstance(value, dict):
-        inner = ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items())
+        inner = ", ".join(
+            f"{json.dumps(k)} = {_value(v)}" for k, v in value.items() if v is not None
+        )
         return "{ " + inner + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"

@@ -19,6 +19,7 @@ from test_owl_merges import Log, files
 from torch import Tensor
 
 from esm_stream import stopping
+from esm_stream.engine import calibrate
 from esm_stream.errors import ManifestError, StopRequestedError, UnsupportedModelError
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Plan
@@ -167,6 +168,11 @@ def test_the_plan_says_that_a_matrix_is_merged_by_the_merged_models_inputs(
     show(plan_of(zoo("llama", experts=EXPERTS), merge=MERGE), Console(file=text, width=200))
     assert text.getvalue().count("merged input") >= 5
     assert "3 walk, 1 write" in text.getvalue()
+
+
+def test_no_experts_forward_is_calibrated(zoo: MakeZoo, plan_of: PlanOf) -> None:
+    with pytest.raises(ManifestError, match=r"nothing to calibrate: owl .* runs the merged model"):
+        calibrate(plan_of(zoo("llama", experts=EXPERTS), merge=MERGE))
 
 
 def test_models_whose_blocks_do_not_come_one_by_one_are_refused(
