@@ -33,7 +33,7 @@ from esm_stream.planning.plan import (
     update_key,
 )
 from esm_stream.same_inputs import changed_unseen, contents_of, readers_of, record
-from esm_stream.schedule import require_scheduler, run_task, run_tasks
+from esm_stream.schedule import require_scheduler, run_task, run_tasks, with_threads
 from esm_stream.space import require_space, storage_errors
 from esm_stream.stages.context import checkpoint_at, forget_checkpoints
 from esm_stream.stages.finish import COMPLETE
@@ -146,6 +146,7 @@ def _run_stages(plan: Plan, stages: frozenset[Stage], how: _How, listener: Liste
             _unseal(plan)
         todo = _todo(plan, stages)
         require_space(plan, todo)
+        plan = with_threads(plan, how.scheduler, how.parallel)
         save_plan(plan)
         gone = _lay_out(plan, todo)
         if gone:

@@ -277,7 +277,8 @@ class Run(Section):
     )
     threads: PositiveInt | None = Field(
         default=None,
-        description="Threads of each task, instead of its share; then 'parallel' moves no bit.",
+        description="Threads of each task, instead of its share of the cores when the work "
+        "directory was begun; then 'parallel' moves no bit.",
     )
 
 

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -166,36 +167,46 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
         for key in keys
     }
     if scheduler == "threads":
-        with _threads_per_task(parallel):
-            _run_threaded(plan, graph, parallel, report)
+        _run_threaded(plan, graph, parallel, report)
     elif scheduler == "local":
-        with _threads_per_task(parallel), _local_client(plan.memory, parallel) as client:
+        with _local_client(plan.memory, parallel) as client:
             _run_distributed(plan, graph, client, report)
     else:
         with _remote_client(scheduler) as client:
             _run_distributed(plan, graph, client, report)
 
 
+def with_threads(plan: Plan, scheduler: str, parallel: int) -> Plan:
+    """The plan with a number of threads for every task, in whatever process it runs.
+
+    The number decides the last bits. Where the manifest names none, a work directory goes on with
+    what it began with: the cores, shared between the tasks that run at once.
+    """
+    import torch
+
+    run = plan.manifest["run"]
+    if run["threads"]:
+        return plan
+    at_once = 1 if scheduler == "sync" else parallel
+    threads = _threads_before(plan.directory.plan) or max(1, torch.get_num_threads() // at_once)
+    return replace(plan, manifest={**plan.manifest, "run": {**run, "threads": threads}})
+
+
+def _threads_before(path: Path) -> int:
+    """Threads that a work directory's last run gave to a task; 0 where it was not used."""
+    try:
+        return int(load_plan(path).manifest["run"]["threads"] or 0)
+    except (OSError, ValueError):
+        return 0
+
+
 @contextmanager
 def _threads_of(plan: Plan) -> Iterator[None]:
-    """As many threads for a task as the manifest asks for, in whatever process it runs."""
+    """As many threads for a task as `with_threads` said."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(plan.manifest["run"]["threads"] or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _threads_per_task(parallel: int) -> Iterator[None]:
-    """Share the cores between the tasks of this process; new threads start with that many."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // parallel))
     try:
         yield
     finally:

@@ -31,6 +31,8 @@ _LARGEST_CONDITION = 1 / torch.finfo(torch.float64).eps
 _SMALLEST_SUMMED_SQUARE = 1e-13
 
 _SMALLEST_LIFT = 1e-10
+# Eigenvalues of the lifted matrix that are rounding: they belong to s of at most 1e-12 s_max.
+_NOTHING = 1e-14
 # Of a polar factor in float32. The product is promised to 1e-4.
 _LARGEST_ERROR = 2e-5
 
@@ -176,9 +178,11 @@ def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
     # A singular value s of A is s / sqrt(s^2 + d) of the product.
     cut = max(tolerance**2 / (tolerance**2 + square), _SMALLEST_SUMMED_SQUARE)
     dropped = second.form.count_below(cut)
+    # What is missing altogether stays missing: A times (K + d)^(-1/2) is zero there.
+    faint = dropped - second.form.count_below(_NOTHING)
 
     def nearly_singular(columns_NQ: Tensor) -> Tensor:
-        if dropped:
+        if faint:
             second.above(columns_NQ, cut)
         second.inverse_root(columns_NQ, cut / 2)
         first.inverse_root(columns_NQ, lift / 2, offset=lift)

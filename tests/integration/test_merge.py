@@ -17,8 +17,10 @@ from test_forward import watch
 from torch import Tensor
 
 from esm_stream.calibration.skeleton import build_skeleton
+from esm_stream.engine import calibrate
 from esm_stream.errors import InputError, ManifestError
 from esm_stream.events import Event
+from esm_stream.planning.plan import load_plan
 
 Expected = dict[str, Tensor]
 
@@ -480,6 +482,21 @@ def test_a_fixed_number_of_threads_gives_the_same_bytes_whatever_runs_beside(
     merge_here(other, scheduler="threads", parallel=2)
     assert digests(tmp_path / "one/merged") == digests(tmp_path / "two/merged")
     assert torch.get_num_threads() == before
+
+
+def test_a_work_directory_keeps_the_threads_it_began_with(zoo: MakeZoo, plan_of: PlanOf) -> None:
+    found, before = zoo("llama"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = plan_of(found)
+        calibrate(first, parallel=2)
+        assert load_plan(first.directory.plan).manifest["run"]["threads"] == 1
+        merge_here(plan_of(found), parallel=1)
+        assert load_plan(first.directory.plan).manifest["run"]["threads"] == 1
+        merge_here(plan_of(found, run={"threads": 2}), parallel=2)
+        assert load_plan(first.directory.plan).manifest["run"]["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_merge_opens_no_port_to_the_network(zoo: MakeZoo, plan_of: PlanOf) -> None:
