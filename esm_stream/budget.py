@@ -18,6 +18,7 @@ from esm_stream.subspace.sizes import (
     block_of_bidiagonal,
     is_banded,
     is_reduced,
+    root_numbers,
 )
 
 KIB: Final = 1 << 10
@@ -133,9 +134,10 @@ def basis_bytes(outputs: int, inputs: int, rank: int, *, by_svd: bool = False) -
     are stored. `by_svd`: the singular value decomposition of the whole update in float64.
     """
     side = min(outputs, inputs)
-    squares = eigh_bytes(side) + 4 * side * side * F64
+    square = side * side * F64
     if by_svd:
-        return squares + 4 * outputs * inputs * F64
+        return eigh_bytes(side) + 4 * square + 4 * outputs * inputs * F64
+    squares = eigh_bytes(side) + (4 if outputs > inputs else 1) * square
     panels = 3 * PANEL_ROWS * inputs * F64
     results = rank * (outputs + inputs) * (F64 + F32) + rank**2 * 2 * F64
     return outputs * inputs * F32 + squares + panels + results
@@ -175,16 +177,6 @@ def combine_bytes(outputs: int, inputs: int, columns: int, *, forms_stacks: bool
     product = left_kept + right_kept + coordinates + 2 * inner + spread + 4 * PANEL_ROWS * left
     numbers = max(coordinates + left_work, coordinates + left_kept + right_work, product)
     return (coordinates + outputs * inputs) * F32 + (numbers + 3 * panel) * F64
-
-
-def root_numbers(side: int, columns: int) -> tuple[int, int]:
-    """Float64 numbers while the root of a Gram matrix is found, and that it then consists of.
-
-    The root of a nearly singular matrix consists of two banded forms (subspace/polar.py).
-    """
-    banded = 2 * side**2 + 8 * PANEL_ROWS * side
-    work = banded if is_banded(side, columns) else max(6 * side**2, banded)
-    return work, 2 * side**2
 
 
 def combine_flops(outputs: int, inputs: int, columns: int) -> float:

@@ -59,7 +59,7 @@ class Cart(SpectralMethod):
 
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:  # noqa: ARG002
         """Mean, result, update, centred update and its SVD."""
-        return 7 * shape[0] * shape[1] + 5 * min(shape) ** 2
+        return 8 * shape[0] * shape[1] + 6 * min(shape) ** 2
 
     def decompositions(self, num_experts: int) -> int:
         """One per expert."""

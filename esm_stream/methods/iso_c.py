@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esm_stream.methods.contract import About, Merged, MethodOptions, SpectralMethod, Updates
 from esm_stream.subspace.polar import Polar, polar
+from esm_stream.subspace.sizes import polar_numbers
 
 
 class IsoCOptions(MethodOptions):
@@ -52,8 +53,8 @@ class IsoC(SpectralMethod):
         return Merged(flat.factor.mul_(level), spectrum_of(flat))
 
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:  # noqa: ARG002
-        """The sum, an update, the polar factor by SVD."""
-        return 6 * shape[0] * shape[1] + 6 * min(shape) ** 2
+        """The sum, and an update or the polar factor."""
+        return shape[0] * shape[1] + max(shape[0] * shape[1], polar_numbers(*shape))
 
 
 def sum_of(updates: Updates) -> Tensor:

@@ -74,6 +74,10 @@ class Band:
         """K^(-power) Y in place; see `BlockTridiagonal.inverse_power`."""
         self._map(lambda tile_NQ: self.form.inverse_power(tile_NQ, power, low), columns_NQ)
 
+    def inverse_root_above(self, columns_NQ: Tensor, low: float) -> None:
+        """K^(-1/2) Y over eigenvalues from `low` up, in place, where all others are rounding."""
+        self._map(lambda tile_NQ: self.form.inverse_root_above(tile_NQ, low), columns_NQ)
+
     def above(self, columns_NQ: Tensor, value: float) -> None:
         """Y without its part in eigenvectors of eigenvalues below a value, in place."""
         self._map(lambda tile_NQ: self.form.above(tile_NQ, value), columns_NQ)

@@ -178,13 +178,16 @@ def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
     # A singular value s of A is s / sqrt(s^2 + d) of the product.
     cut = max(tolerance**2 / (tolerance**2 + square), _SMALLEST_SUMMED_SQUARE)
     dropped = second.form.count_below(cut)
-    # What is missing altogether stays missing: A times (K + d)^(-1/2) is zero there.
-    faint = dropped - second.form.count_below(_NOTHING)
+    # Directions that are missing altogether are rounding after the lift too, far below the cut.
+    faint = dropped > second.form.count_below(_NOTHING)
 
     def nearly_singular(columns_NQ: Tensor) -> Tensor:
-        if faint:
-            second.above(columns_NQ, cut)
-        second.inverse_root(columns_NQ, cut / 2)
+        if dropped and not faint:
+            second.inverse_root_above(columns_NQ, cut / 2)
+        else:
+            if dropped:
+                second.above(columns_NQ, cut)
+            second.inverse_root(columns_NQ, cut / 2)
         first.inverse_root(columns_NQ, lift / 2, offset=lift)
         return columns_NQ
 

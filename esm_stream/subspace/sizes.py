@@ -35,3 +35,19 @@ def is_reduced(rows: int, side: int, columns: int) -> bool:
 def is_banded(side: int, columns: int) -> bool:
     """Whether K^(-1/2) of this side is applied to columns by the banded form, not eigenvectors."""
     return side >= (1024 if 2 * columns <= side else 2048)
+
+
+def polar_numbers(rows: int, columns: int) -> int:
+    """Float64 numbers while a polar factor is found, the matrix itself not counted."""
+    work, kept = root_numbers(min(rows, columns), min(rows, columns))
+    return max(work, kept + min(rows, columns) ** 2 + rows * columns)
+
+
+def root_numbers(side: int, columns: int) -> tuple[int, int]:
+    """Float64 numbers while the root of a Gram matrix is found, and that it then consists of.
+
+    The root of a nearly singular matrix consists of two banded forms (subspace/polar.py).
+    """
+    banded = 2 * side**2 + 8 * PANEL_ROWS * side
+    work = banded if is_banded(side, columns) else max(6 * side**2, banded)
+    return work, 2 * side**2

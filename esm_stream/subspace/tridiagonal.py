@@ -123,6 +123,17 @@ class BlockTridiagonal:
         """B^(-power) Y, 0 < power <= 1; `low` is a lower bound of the eigenvalues."""
         return self._map(columns_NQ, *inverse_power_poles(power, low, self._upper))
 
+    def inverse_root_above(self, columns_NQ: Tensor, low: float) -> Tensor:
+        """B^(-1/2) Y, and nothing of eigenvalues that are rounding: none is between them and `low`.
+
+        With r(x) the approximation of x^(-1/2), x r(x)^3 is as good from `low` up, and small near 0
+        where r(x) is large.
+        """
+        for _ in range(3):
+            columns_NQ = self.inverse_root(columns_NQ, low)
+        whole_BPQ = self._blocks(columns_NQ, torch.float64)
+        return self._times(whole_BPQ).view(-1, columns_NQ.shape[1])[: self.side]
+
     def root_sums(self, low: float, offset: float = 0.0) -> RootSums:
         """Sums over the eigenvalues of B + offset, none of which is below `low`."""
         shifts, weights = inverse_root_poles(low, self._upper + offset)
@@ -156,10 +167,8 @@ class BlockTridiagonal:
         self, columns_NQ: Tensor, shifts: Sequence[complex], weights: Sequence[float]
     ) -> Tensor:
         """The real part of sum_j weight_j (B + shift_j)^(-1) Y, a few shifts at a time."""
-        count, is_real = len(self._diagonal_BPP), not any(isinstance(s, complex) for s in shifts)
-        dtype = torch.float64 if is_real else torch.complex128
-        right_BPQ = columns_NQ.new_zeros(count, self.block, columns_NQ.shape[1], dtype=dtype)
-        right_BPQ.view(-1, columns_NQ.shape[1])[: self.side] = columns_NQ
+        is_real = not any(isinstance(shift, complex) for shift in shifts)
+        right_BPQ = self._blocks(columns_NQ, torch.float64 if is_real else torch.complex128)
         total_BPQ = torch.zeros_like(right_BPQ, dtype=torch.float64)
         work_BPQ = torch.empty_like(right_BPQ)
         for first in range(0, len(shifts), _SHIFTS):
@@ -168,6 +177,13 @@ class BlockTridiagonal:
                 sweeps = eliminated.sweeps(number)
                 sweeps.add_solution(right_BPQ, total_BPQ, weight, work_BPQ)
         return total_BPQ.view(-1, columns_NQ.shape[1])[: self.side]
+
+    def _blocks(self, columns_NQ: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of Y as a block vector, filled up with zeros."""
+        columns = columns_NQ.shape[1]
+        found_BPQ = columns_NQ.new_zeros(len(self._diagonal_BPP), self.block, columns, dtype=dtype)
+        found_BPQ.view(-1, columns)[: self.side] = columns_NQ
+        return found_BPQ
 
     # Shifted systems -------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
-"""Peak memory of the two numeric steps of one matrix, each in a process of its own.
+"""Peak memory of the numeric steps of one matrix, each in a process of its own.
 
     python tests/benchmarks/peaks.py factor|combine OUTPUTS INPUTS RANK [--singular]
+    python tests/benchmarks/peaks.py METHOD OUTPUTS INPUTS EXPERTS
+
+METHOD merges from updates alone: iso_c, iso_cts, cart, dc_merge, knots, core_space, wudi.
 
 Prints one line of JSON: the peak of RssAnon above what the process held before the step, and what
 the plan projects for it. Factors are read from a store, as in a merge; `--singular` makes two
@@ -13,13 +16,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from esm_stream import budget
+from esm_stream.allocation import return_freed_memory
 from esm_stream.methods import create, is_factor_method
-from esm_stream.methods.contract import FactorMethod, Factors, Moment
+from esm_stream.methods.contract import FactorMethod, Factors, Moment, SpectralMethod
 from esm_stream.store.factors import FactorStore
 
 EXPERTS = 8
@@ -88,6 +93,30 @@ def combine(outputs: int, inputs: int, rank: int, *, singular: bool) -> tuple[in
     return watch.above, budget.combine_bytes(outputs, inputs, EXPERTS * rank, forms_stacks=False)
 
 
+class RandomUpdates:
+    """Updates that are made when they are asked for."""
+
+    def __init__(self, outputs: int, inputs: int, experts: int) -> None:
+        self.shape, self.experts, self.device = (outputs, inputs), experts, torch.device("cpu")
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number in range(self.experts):
+            random = torch.Generator().manual_seed(number)
+            yield torch.empty(self.shape).normal_(generator=random)
+
+    def __len__(self) -> int:
+        return self.experts
+
+
+def spectral(name: str, outputs: int, inputs: int, experts: int) -> tuple[int, int]:
+    """Measured and projected bytes of a method that merges from updates alone."""
+    method = create(name, {}, "vision")
+    assert isinstance(method, SpectralMethod)
+    with Watch() as watch:
+        method.merge(RandomUpdates(outputs, inputs, experts), (outputs, inputs))
+    return watch.above, method.peak_numbers((outputs, inputs), experts) * budget.F64
+
+
 def random_factors(outputs: int, inputs: int, rank: int, seed: int) -> Factors:
     """Factors of one expert with columns that are nearly orthonormal."""
     random = torch.Generator().manual_seed(seed)
@@ -100,20 +129,25 @@ def random_factors(outputs: int, inputs: int, rank: int, seed: int) -> Factors:
 def main() -> None:
     """Measure one step."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["factor", "combine"])
+    parser.add_argument("step", help="factor, combine, or a method")
     parser.add_argument("outputs", type=int)
     parser.add_argument("inputs", type=int)
-    parser.add_argument("rank", type=int)
+    parser.add_argument("count", type=int, help="rank, or experts")
     parser.add_argument("--singular", action="store_true")
     args = parser.parse_args()
-    sizes = args.outputs, args.inputs, args.rank
+    sizes = args.outputs, args.inputs, args.count
+    return_freed_memory()
     started = time.process_time()
     if args.step == "factor":
         measured, projected = factor(*sizes)
-    else:
+    elif args.step == "combine":
         measured, projected = combine(*sizes, singular=args.singular)
+    else:
+        measured, projected = spectral(args.step, *sizes)
     seconds = time.process_time() - started
-    line = {"measured": measured, "projected": projected, "cpu_seconds": round(seconds, 1)}
+    matrices = round(measured / (args.outputs * args.inputs * budget.F32), 1)
+    line = {"measured": measured, "projected": projected, "matrices": matrices}
+    line["cpu_seconds"] = round(seconds, 1)
     print(json.dumps(line))
 
 
