@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_stream import stopping
+from esm_stream.checkpoints.adapter import open_reader
 from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.checkpoints.reader import TensorReader, equal_bytes
 from esm_stream.completion import finished, remaining, stages_left
@@ -397,12 +398,12 @@ def _require_equal_integers(plan: Plan) -> None:
     Raises:
         InputError: Every tensor of every expert that differs.
     """
-    base = checkpoint_at(plan.base)
+    base = checkpoint_at(plan.base, plan.base)
     names = [name for name, tensor in plan.tensors.items() if tensor.treatment == "equal"]
     problems = []
     with TensorReader(base) as own:
         for expert, root in plan.experts.items():
-            with TensorReader(checkpoint_at(root)) as other:
+            with open_reader(checkpoint_at(root, plan.base)) as other:
                 problems += [
                     _different(plan, expert, name)
                     for name in names

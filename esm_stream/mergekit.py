@@ -225,9 +225,14 @@ class _Import:
             self.problems.append("base_model: missing, and updates need one")
         names: dict[str, str] = {}
         for path in paths:
-            if "+" in path:
-                self.problems.append(f"model '{path}': adapters; merge it into its base first")
-            stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).name).lstrip("._-") or "expert"
+            model, _, adapter = path.partition("+")
+            if adapter and (model != self.base or "+" in adapter):
+                self.problems.append(
+                    f"model '{path}': adapters of another model than base_model, or several; merge "
+                    "them into their base first"
+                )
+            stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(adapter or model).name).lstrip("._-")
+            stem = stem or "expert"
             name, number = stem, 2
             while name in names.values():
                 name, number = f"{stem}-{number}", number + 1
@@ -242,7 +247,8 @@ class _Import:
         base = self.base or next(iter(self.experts))
         yield f"[base]\nmodel = {_toml(base)}\n"
         for path, name in self.experts.items():
-            yield f"[[experts]]\nname = {_toml(name)}\nmodel = {_toml(path)}\n"
+            model = path.rpartition("+")[2]
+            yield f"[[experts]]\nname = {_toml(name)}\nmodel = {_toml(model)}\n"
         rules = [rule for part in self.slices for rule in self._rules(part)]
         if len(self.slices) > 1:
             # What precedes the layers follows the first slice, all the rest the last.

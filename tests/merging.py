@@ -41,6 +41,9 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.updates)
 
+    def low_rank(self) -> None:
+        return None
+
 
 def merge(
     method: str,

@@ -52,11 +52,23 @@ class Checkpoint:
         header = self.file_of(name)
         return f"{header.file_size}-{header.mtime_ns}-{header.sha256}-{name}"
 
+    def is_computed(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a tensor is not in any file, but made when it is asked for."""
+        return False
+
+    def rank(self, name: str) -> int | None:  # noqa: ARG002
+        """Rank of what a tensor differs from the base's, None if it may be any."""
+        return None
+
+    def update_bytes(self, name: str) -> int:
+        """Bytes to be read of this model for what a tensor differs from the base's."""
+        return self.tensors[name].nbytes
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the model, empty where there is none."""
         path = self.root / "config.json"
-        return _read_object(path) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
@@ -100,7 +112,7 @@ def _read_shards(root: Path) -> tuple[Header, ...]:
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
             [
@@ -152,7 +164,7 @@ def _index_mistakes(
     yield from shortened(surplus, str(index))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
         size = path.stat().st_size
@@ -174,10 +186,15 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _explain_absence(root: Path) -> str:
     names = sorted(entry.name for entry in root.iterdir())
-    if any(name in ADAPTER_NAMES for name in names):
+    if ADAPTER_NAMES[0] in names:
         return (
-            f"{root}: holds an adapter only, and adapters are not supported yet. Merge it into "
-            "its base model (peft: merge_and_unload, then save_pretrained) and give that directory."
+            f"{root}: holds an adapter, which can be an expert but not the base. Give the "
+            "directory of the model that it was made for."
+        )
+    if ADAPTER_NAMES[1] in names:
+        return (
+            f"{root}: has {ADAPTER_NAMES[1]} without {ADAPTER_NAMES[0]}. Copy it from where the "
+            "adapter was saved."
         )
     other = [name for name in names if name.endswith(".safetensors")]
     if other:

@@ -168,6 +168,9 @@ class Updates(Protocol):
     def __len__(self) -> int:
         """Number of experts."""
 
+    def low_rank(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Factors (O, R) and (R, I) of every update, float64; None unless all come as such."""
+
 
 def zeros(updates: Updates, *shape: int) -> Tensor:
     """Zeros in float64 where the updates are, for sums over them."""
@@ -189,6 +192,18 @@ class SpectralMethod(Method):
     def peak_numbers(self, shape: tuple[int, int], num_experts: int) -> int:
         """Upper bound of the float64 numbers that `merge` holds, one float32 update included."""
         raise NotImplementedError
+
+    def low_rank_numbers(
+        self,
+        shape: tuple[int, int],  # noqa: ARG002
+        num_experts: int,  # noqa: ARG002
+        rank: int,  # noqa: ARG002
+    ) -> int | None:
+        """The same bound for updates that come as factors of this rank together.
+
+        None for methods that look at the updates themselves all the same.
+        """
+        return None
 
     def decompositions(self, num_experts: int) -> int:  # noqa: ARG002
         """Singular value decompositions, or as much work, that `merge` does of the matrix."""

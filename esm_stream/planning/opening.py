@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from esm_stream.checkpoints.adapter import is_adapter, open_expert
 from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
@@ -189,7 +190,11 @@ def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpo
     named = [("", manifest.base.model), *((e.name, e.model) for e in manifest.experts)]
     for name, root in named:
         try:
-            found[name] = open_checkpoint(root)
+            own = found.get("")
+            if own is not None:
+                found[name] = open_expert(root, own)
+            elif not name or not is_adapter(root):
+                found[name] = open_checkpoint(root)
         except InputError as error:
             problems += error.problems
     base = found.pop("", None)

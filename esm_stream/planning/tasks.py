@@ -439,7 +439,7 @@ class TaskBuilder:
             ],
             reads=tuple(names),
             writes=(f"statistics/{key}.safetensors",),
-            read_bytes=sum(_sizes(c, names) for c in everyone),
+            read_bytes=sum(_update_sizes(c, names) for c in everyone),
             write_bytes=self._sums_bytes(),
             kept_bytes=self._sums_bytes(),
             peak_bytes=budget.TASK_OVERHEAD + self._panel_bytes(names) + 3 * self._sums_bytes(),
@@ -453,13 +453,26 @@ class TaskBuilder:
         return 2 * self._num_experts * budget.HISTOGRAM_BYTES
 
     def _panel_bytes(self, names: Iterable[str]) -> int:
-        """Panels of an elementwise method: base, updates, temporaries, rows of any length."""
+        """Panels of an elementwise method: base, updates, temporaries, rows of any length.
+
+        And the factors of adapters, of one tensor.
+        """
+        factors = max(
+            (
+                sum(e.rank(name) or 0 for e in self._opened.experts.values())
+                * (info.num_rows + info.columns)
+                for name in names
+                if (info := self._opened.base.tensors[name])
+            ),
+            default=0,
+        )
         columns = max((self._opened.base.tensors[n].columns for n in names), default=1)
         return (
             8
             * (self._num_experts + 1)
             * budget.F64
             * max(budget.panel_elements(self._num_experts), columns)
+            + factors * 2 * budget.F32
         )
 
     # Merge -----------------------------------------------------------------------------------
@@ -501,7 +514,7 @@ class TaskBuilder:
             flops = self._num_experts * budget.basis_flops(m.outputs, m.inputs, m.rank)
             if isinstance(method, SpectralMethod):
                 shape = (m.outputs, m.inputs)
-                peak = method.peak_numbers(shape, self._num_experts) * budget.F64
+                peak = self._spectral_numbers(method, m) * budget.F64
                 flops = method.decompositions(self._num_experts) * budget.svd_flops(*shape)
             if isinstance(method, SumMethod):
                 peak = max(combine, _term_bytes(method, m))
@@ -688,6 +701,20 @@ class TaskBuilder:
             layout.tensors[name].nbytes for layout in self._layouts if name in layout.tensors
         )
 
+    def _spectral_numbers(self, method: SpectralMethod, m: Matrix) -> int:
+        """Float64 numbers that a spectral method holds, fewer where adapters give their factors."""
+        shape, rank = (m.outputs, m.inputs), self._low_rank(m)
+        numbers = method.peak_numbers(shape, self._num_experts)
+        if rank is None:
+            return numbers
+        return min(numbers, method.low_rank_numbers(shape, self._num_experts, rank) or numbers)
+
+    def _low_rank(self, m: Matrix) -> int | None:
+        """Ranks of all experts' updates of a matrix together, None if one is no adapter's."""
+        ranks = [e.rank(part.tensor) for e in self._opened.experts.values() for part in m.parts]
+        known = [rank for rank in ranks if rank is not None]
+        return sum(known) if len(known) == len(ranks) else None
+
     def _scales(self) -> list[Task]:
         groups: dict[str, list[Matrix]] = {}
         for matrix in self._treatments.matrices.values():
@@ -747,7 +774,7 @@ class TaskBuilder:
                     [c.identity(n) for c in everyone for n in names],
                 ],
                 reads=tuple(names),
-                read_bytes=sum(_sizes(c, names) for c in everyone),
+                read_bytes=sum(_update_sizes(c, names) for c in everyone),
                 peak_bytes=budget.TASK_OVERHEAD + self._panel_bytes(names),
                 tensors=tuple(names),
             )
@@ -814,7 +841,7 @@ class TaskBuilder:
                 identity += [e.identity(plan.name) for e in experts]
                 identity.append(plan.method)
                 if plan.treatment == "elementwise":
-                    read += sum(_sizes(e, [plan.name]) for e in experts)
+                    read += sum(_update_sizes(e, [plan.name]) for e in experts)
         widest = max((self._opened.base.tensors[n].row_nbytes for n in names), default=0)
         return self._task(
             key,
@@ -909,10 +936,12 @@ class TaskBuilder:
         return 2 * (both + budget.STAGING_BYTES)
 
     def _cast_bytes(self, checkpoint: Checkpoint, names: Iterable[str]) -> int:
-        """Copies made of tensors that are not stored in the forward's dtype."""
+        """Copies of tensors that are not stored in the forward's dtype, or not stored at all."""
         size = {"float32": 4, "float64": 8}.get(self._opened.dtype, 2)
-        copied = self._converted(checkpoint, names)
-        return sum(checkpoint.tensors[n].numel * size for n in copied)
+        found = list(names)
+        copied = self._converted(checkpoint, found)
+        made = sum(checkpoint.tensors[n].nbytes for n in found if checkpoint.is_computed(n))
+        return made + sum(checkpoint.tensors[n].numel * size for n in copied)
 
     def _converted(self, checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
         """Float tensors that are not stored in the forward's dtype."""
@@ -1019,6 +1048,9 @@ def _tensors_of(matrices: Iterable[Matrix]) -> list[str]:
 
 def _part_bytes(checkpoint: Checkpoint, m: Matrix) -> int:
     """What is read of a checkpoint for one matrix; of a transposed one, the whole stored matrix."""
+    names = _tensors_of([m])
+    if all(checkpoint.rank(name) is not None for name in names):
+        return _update_sizes(checkpoint, names)
     read: dict[tuple[str, int | None, int], int] = {}
     for part in m.parts:
         info = checkpoint.tensors[part.tensor]
@@ -1031,6 +1063,10 @@ def _part_bytes(checkpoint: Checkpoint, m: Matrix) -> int:
 
 def _sizes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.tensors[name].nbytes for name in names)
+
+
+def _update_sizes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    return sum(checkpoint.update_bytes(name) for name in names)
 
 
 def _numel(checkpoint: Checkpoint, names: Iterable[str]) -> int:

@@ -190,6 +190,7 @@ def _small_updates(
             for name, numbers in matrices.items()
             if 0 < numbers.get("relative_updates", {}).get(expert, 0) < SMALL_UPDATE
             and tensors[numbers["tensors"][0]].dtype == "BF16"
+            and checkpoint.rank(numbers["tensors"][0]) is None
         ]
         if small:
             lines.append(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esm_stream.checkpoints.adapter import AdaptedReader, open_expert, open_reader
 from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.errors import DataError
@@ -69,7 +70,7 @@ class Context:
     def reader(self, name: str) -> TensorReader:
         """Reader of an expert, or of the base (name BASE)."""
         if name not in self._readers:
-            reader = TensorReader(checkpoint_at(self._roots[name]))
+            reader = open_reader(checkpoint_at(self._roots[name], self.plan.base))
             self._readers[name] = self._stack.enter_context(reader)
         return self._readers[name]
 
@@ -79,9 +80,13 @@ class Context:
 
     def tensor(self, model: str, name: str) -> Tensor:
         """A whole tensor in place (a view of the file); asked for twice, it is read once."""
-        if (model, name) not in self._views:
-            self._views[model, name] = self.reader(model).tensor(name)
-        return self._views[model, name]
+        if (model, name) in self._views:
+            return self._views[model, name]
+        tensor = self.reader(model).tensor(name)
+        # What is made takes memory: it lives as long as whoever asked for it wants.
+        if not self.reader(model).checkpoint.is_computed(name):
+            self._views[model, name] = tensor
+        return tensor
 
     def hold(self, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         """Answer with these from now on, by model and name, instead of those held before."""
@@ -117,6 +122,9 @@ class Context:
         for part in matrix.parts:
             place_OI = update_OI[start : start + part.outputs]
             start += part.outputs
+            if self.reader(expert).checkpoint.rank(part.tensor) is not None:
+                self._add_adapted(expert, matrix, part, place_OI)
+                continue
             base_OI, tuned_OI = self.part(BASE, matrix, part), self.part(expert, matrix, part)
             # By panels, so that converted copies of whole tensors are never held.
             for rows in range(0, part.outputs, PANEL_ROWS):
@@ -126,6 +134,53 @@ class Context:
                 require_finite(difference, part.tensor, expert, before)
                 place_OI[panel] = difference
         return update_OI
+
+    def _add_adapted(self, expert: str, matrix: Matrix, part: Part, place_OI: Tensor) -> None:
+        """Put an adapter's update of a part into its place."""
+        found = self.factors(expert, matrix, part)
+        if found is None:
+            place_OI.zero_()
+            return
+        left_OR, right_RI = (factor.to(self.device) for factor in found)
+        torch.mm(left_OR, right_RI, out=place_OI)
+        if not is_finite(place_OI):
+            raise DataError(not_finite(part.tensor, f'expert "{expert}"'))
+
+    def factors(self, expert: str, matrix: Matrix, part: Part) -> tuple[Tensor, Tensor] | None:
+        """Factors (O, R) and (R, I) of an adapter's update of a part, None where it has none."""
+        reader = self.reader(expert)
+        update = reader.update_of(part.tensor) if isinstance(reader, AdaptedReader) else None
+        if update is None:
+            return None
+        shape = reader.checkpoint.tensors[part.tensor].shape
+        stored_rows, _ = part.stored_shape(shape)
+        first = (part.slice or 0) * stored_rows
+        left_MR, right_RN = update.left_MR[first : first + stored_rows], update.right_RN
+        if matrix.transposed:
+            left_MR, right_RN = right_RN.T, left_MR.T
+        return left_MR[part.start : part.start + part.outputs], right_RN
+
+    def low_rank(self, expert: str, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
+        """Factors (O, R) and (R, I) of an expert's update of a matrix, float64, on the device.
+
+        None unless the expert is an adapter that changes nothing of the matrix but so.
+        """
+        checkpoint = self.reader(expert).checkpoint
+        if any(checkpoint.rank(part.tensor) is None for part in matrix.parts):
+            return None
+        lefts = [torch.zeros(matrix.outputs, 0, dtype=torch.float64, device=self.device)]
+        rights = [torch.zeros(0, matrix.inputs, dtype=torch.float64, device=self.device)]
+        start = 0
+        for part in matrix.parts:
+            found = self.factors(expert, matrix, part)
+            if found is not None:
+                left_OR, right_RI = (factor.to(self.device, torch.float64) for factor in found)
+                whole_OR = left_OR.new_zeros(matrix.outputs, left_OR.shape[1])
+                whole_OR[start : start + part.outputs] = left_OR
+                lefts.append(whole_OR)
+                rights.append(right_RI)
+            start += part.outputs
+        return torch.cat(lefts, dim=1), torch.cat(rights)
 
     def part(self, model: str, matrix: Matrix, part: Part) -> Tensor:
         """A part of a matrix in place, (O, I); asked for twice, it is read once."""
@@ -200,10 +255,16 @@ def blame(context: Context, names: Iterable[str], otherwise: str) -> DataError:
 _CHECKPOINTS: dict[Path, Checkpoint] = {}
 
 
-def checkpoint_at(root: Path) -> Checkpoint:
-    """A checkpoint whose headers this process has read; the plan checked them before."""
+def checkpoint_at(root: Path, base: Path) -> Checkpoint:
+    """A checkpoint whose headers this process has read; the plan checked them before.
+
+    Args:
+        root: Directory of the base, or of an expert.
+        base: Directory of the base, which an adapter is one of.
+    """
     if root not in _CHECKPOINTS:
-        _CHECKPOINTS[root] = open_checkpoint(root)
+        own = None if root == base else checkpoint_at(base, base)
+        _CHECKPOINTS[root] = open_expert(root, own) if own else open_checkpoint(root)
     return _CHECKPOINTS[root]
 
 

@@ -24,8 +24,8 @@ def run(context: Context) -> TaskResult:
     write_index(output, list(layouts.values()))
     written = [output / INDEX_NAME] if len(layouts) > 1 else []
     written += [_copy(path, output, plan.output_dtype) for path in model_files(plan.base)]
-    experts = {name: checkpoint_at(root) for name, root in plan.experts.items()}
-    report = build_report(plan, checkpoint_at(plan.base), experts)
+    experts = {name: checkpoint_at(root, plan.base) for name, root in plan.experts.items()}
+    report = build_report(plan, checkpoint_at(plan.base, plan.base), experts)
     written.append(_write(output / "report.json", json.dumps(report, indent=1)))
     written.append(_write(output / "README.md", model_card(plan, report)))
     outputs = [context.directory.record(path) for path in written]

@@ -120,6 +120,16 @@ class _Updates:
     def __len__(self) -> int:
         return len(self.context.plan.experts)
 
+    def low_rank(self) -> list[tuple[Tensor, Tensor]] | None:
+        names, weights = self.context.plan.expert_names, self.matrix.method.weights
+        found = []
+        for expert, weight in zip(names, weights, strict=True):
+            pair = self.context.low_rank(expert, self.matrix)
+            if pair is None:
+                return None
+            found.append((pair[0] * weight, pair[1]))
+        return found
+
 
 def _stored(context: Context, matrix: Matrix) -> Iterator[Factors]:
     """Factors that the forward stage stored, in manifest order, on the device."""

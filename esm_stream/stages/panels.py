@@ -14,12 +14,13 @@ Letters: T experts, N elements of a panel.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from esm_stream.budget import panel_elements
+from esm_stream.checkpoints.adapter import AdaptedReader, LowRank
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.methods.contract import ElementwiseMethod, Panel, Sums, Whole
 from esm_stream.planning.plan import MethodChoice
@@ -52,21 +53,26 @@ class Panels:
         length = panel_elements(len(names), info.columns if self.whole_rows else 1)
         stop = info.numel if self.stop is None else self.stop
         length = max(1, min(length, stop - self.start))
-        models = [_Stored(context.reader(name), self.tensor, length) for name in (BASE, *names)]
-        wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
+        own, *models = (self._model(context.reader(name), length) for name in (BASE, *names))
+        assert isinstance(own, _Stored)
+        wide = torch.float64 if any(m.is_wide for m in (own, *models)) else torch.float32
         stack = torch.empty(len(names) * length, dtype=wide)
         for first in range(self.start, stop, length):
             count = min(length, stop - first)
-            base_N, *experts = (model.elements(first, count) for model in models)
-            base_N = base_N.to(wide)
+            base_N = own.elements(first, count).to(wide)
             updates_TN = stack[: len(names) * count].view(len(names), count)
-            for row_N, expert_N in zip(updates_TN, experts, strict=True):
-                row_N.copy_(expert_N)
-            updates_TN -= base_N
+            for row_N, model in zip(updates_TN, models, strict=True):
+                model.update(row_N, first, base_N)
             self._require_finite(updates_TN, base_N)
             yield Panel(
                 self.tensor, first, info.columns, names, self.choice.weights, base_N, updates_TN
             )
+
+    def _model(self, reader: TensorReader, length: int) -> "_Stored | _Adapted":
+        if reader.checkpoint.rank(self.tensor) is None:
+            return _Stored(reader, self.tensor, length)
+        assert isinstance(reader, AdaptedReader)
+        return _Adapted(reader.update_of(self.tensor))
 
     def _require_finite(self, updates_TN: Tensor, base_N: Tensor) -> None:
         """Refuse NaN and Inf; a sum that overflows is only a reason to look closer."""
@@ -81,9 +87,10 @@ class _Stored:
 
     def __init__(self, reader: TensorReader, tensor: str, length: int) -> None:
         kind = reader.checkpoint.tensors[tensor].kind
-        self.dtype: torch.dtype = getattr(torch, str(kind.torch_name))
+        dtype: torch.dtype = getattr(torch, str(kind.torch_name))
+        self.is_wide = dtype == torch.float64
         self._reader, self._tensor, self._size = reader, tensor, kind.bits // 8
-        self._values_N = torch.empty(length, dtype=self.dtype)
+        self._values_N = torch.empty(length, dtype=dtype)
         self._memory: memoryview = self._values_N.view(torch.uint8).numpy().data
 
     def elements(self, first: int, count: int) -> Tensor:
@@ -91,6 +98,26 @@ class _Stored:
         size = self._size
         self._reader.fill(self._tensor, first * size, self._memory[: count * size])
         return self._values_N[:count]
+
+    def update(self, row_N: Tensor, first: int, base_N: Tensor) -> None:
+        """Fill a row with what the model differs from the base."""
+        row_N.copy_(self.elements(first, len(row_N)))
+        row_N -= base_N
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """An adapter's update of a tensor, None where it has none."""
+
+    change: LowRank | None
+    is_wide: ClassVar[bool] = False
+
+    def update(self, row_N: Tensor, first: int, base_N: Tensor) -> None:  # noqa: ARG002
+        """Fill a row with what the adapter adds to the base."""
+        if self.change is None:
+            row_N.zero_()
+        else:
+            row_N.copy_(self.change.elements(first, first + len(row_N)))
 
 
 def sums_of(panels: Panels, method: ElementwiseMethod, known: list[Any]) -> Sums:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from esm_stream.budget import STAGING_BYTES
+from esm_stream.checkpoints.adapter import open_reader
 from esm_stream.checkpoints.header import TensorInfo
-from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.planning.plan import Plan
 from esm_stream.stages.context import BASE, Context, checkpoint_at
 
@@ -147,7 +147,7 @@ class BlockBuffers:
         start = 0
         with beside:
             for (model, root), names in wanted.items():
-                with TensorReader(checkpoint_at(root)) as reader:
+                with open_reader(checkpoint_at(root, _base_of(wanted))) as reader:
                     for name in names:
                         source = reader.raw_bytes(name)
                         target = place[start : start + len(source)]
@@ -180,10 +180,15 @@ def _bytes_on(device: torch.device, size: int) -> Tensor:
 def _size(wanted: Wanted) -> int:
     """Bytes of a place for all of them."""
     return sum(
-        _aligned(checkpoint_at(root).tensors[name].nbytes)
+        _aligned(checkpoint_at(root, _base_of(wanted)).tensors[name].nbytes)
         for (_, root), names in wanted.items()
         for name in names
     )
+
+
+def _base_of(wanted: Wanted) -> Path:
+    """Directory of the base, which is always among what is wanted."""
+    return next(root for model, root in wanted if model == BASE)
 
 
 def _aligned(size: int) -> int:

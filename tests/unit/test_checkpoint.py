@@ -194,8 +194,11 @@ def test_unusable_index_is_refused(tmp_path: Path, text: str, message: str) -> N
     [
         ([], "no model here, expected model.safetensors or"),
         (["pytorch_model.bin", "config.json"], "weights as pickle files (*.bin) only"),
-        (["adapter_config.json", "adapter_model.safetensors"], "adapters are not supported yet"),
-        (["adapter_model.safetensors"], "peft: merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an expert but not the base"),
+        (
+            ["adapter_model.safetensors"],
+            "without adapter_config.json",
+        ),
         (["consolidated.safetensors"], "Rename a single file to model.safetensors"),
     ],
 )
