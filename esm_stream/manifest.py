@@ -95,6 +95,11 @@ class Expert(Section):
         default=None,
         description="Unlabelled samples of the expert's task; the default is [calibration].data.",
     )
+    fisher: Path | None = Field(
+        default=None,
+        description="Fisher information of the expert's weights, for method 'fisher': a "
+        ".safetensors file or a directory of such.",
+    )
 
 
 class Calibration(Section):
@@ -365,7 +370,11 @@ def _resolve(manifest: Manifest, root: Path) -> Manifest:
 
     experts = tuple(
         expert.model_copy(
-            update={"model": under(expert.model), "calibration": under(expert.calibration)}
+            update={
+                "model": under(expert.model),
+                "calibration": under(expert.calibration),
+                "fisher": under(expert.fisher),
+            }
         )
         for expert in manifest.experts
     )

@@ -54,6 +54,7 @@ def merge(
     weights: Sequence[float] | None = None,
     moments: Sequence[Moment] | None = None,
     experts: Sequence[str] | None = None,
+    fisher: Sequence[Tensor] | None = None,
     length: int = 1 << 20,
 ) -> Tensor:
     """Merged update of one tensor; `length` is the number of elements of a panel."""
@@ -63,7 +64,8 @@ def merge(
     if isinstance(made, ElementwiseMethod):
         names = tuple(experts or (f"e{i}" for i in range(len(updates))))
         base = torch.zeros(shape) if base is None else base
-        return merge_all(made, {NAME: (base, updates)}, names, weights, length)[NAME]
+        tensors = {NAME: (base, updates)}
+        return merge_all(made, tensors, names, weights, length, {NAME: fisher})[NAME]
     size = (shape[0], shape[1])
     if isinstance(made, SpectralMethod):
         return made.merge(Streamed(updates, weights), size).update_OI
@@ -100,8 +102,12 @@ def merge_all(
     experts: tuple[str, ...],
     weights: tuple[float, ...],
     length: int = 1 << 20,
+    fishers: Mapping[str, Sequence[Tensor] | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Merged updates of several tensors, whose statistics belong together if the method says so."""
+    """Merged updates of several tensors, whose statistics belong together if the method says so.
+
+    Fisher information is 1 where none is given.
+    """
 
     def panels(name: str) -> Iterator[Panel]:
         base, updates = tensors[name]
@@ -110,7 +116,11 @@ def merge_all(
         for start in range(0, base.numel(), step):
             cut = slice(start, start + step)
             stack = torch.stack([update.flatten()[cut] for update in updates])
-            yield Panel(name, start, columns, experts, weights, base.flatten()[cut], stack)
+            given = (fishers or {}).get(name)
+            fisher = torch.stack([f.flatten()[cut] for f in given]) if given else None
+            if method.needs_fisher and fisher is None:
+                fisher = torch.ones_like(stack)
+            yield Panel(name, start, columns, experts, weights, base.flatten()[cut], stack, fisher)
 
     def known_of(names: Sequence[str]) -> list[Any]:
         whole = Whole(experts, weights, sum(tensors[name][0].numel() for name in names))

@@ -89,6 +89,17 @@ def open_checkpoint(root: Path) -> Checkpoint:
     raise InputError([_explain_absence(root)])
 
 
+def open_tensors(path: Path) -> Checkpoint:
+    """Tensors by the names of a model: one file, or a directory as of a model.
+
+    Raises:
+        InputError: They cannot be read.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        return Checkpoint(path.parent, (read_header(path),))
+    return open_checkpoint(path)
+
+
 def _read_shards(root: Path) -> tuple[Header, ...]:
     weight_map = _read_weight_map(root / INDEX_NAME)
     headers: list[Header] = []

@@ -19,6 +19,7 @@ from esm_stream.methods.dc_merge import DcMerge
 from esm_stream.methods.della import Della
 from esm_stream.methods.emr import Emr
 from esm_stream.methods.esm import Esm
+from esm_stream.methods.fisher import Fisher
 from esm_stream.methods.iso_c import IsoC
 from esm_stream.methods.iso_cts import IsoCts
 from esm_stream.methods.karcher import Karcher
@@ -67,6 +68,7 @@ METHODS: dict[str, MethodClass] = {
         Della,
         Emr,
         Esm,
+        Fisher,
         IsoC,
         IsoCts,
         Karcher,
@@ -162,6 +164,11 @@ def merges_matrices(method: AnyMethod) -> bool:
 def uses_moments(method: AnyMethod) -> bool:
     """Whether a method looks at what the experts' layers see."""
     return (is_factor_method(method) or isinstance(method, SumMethod)) and method.uses_moments
+
+
+def needs_fisher(method: AnyMethod) -> bool:
+    """Whether a method weighs elements by Fisher information."""
+    return isinstance(method, ElementwiseMethod) and method.needs_fisher
 
 
 def method_of(choice: Choice) -> AnyMethod:

@@ -74,6 +74,7 @@ class Panel:
         weights: One per expert, as given in the manifest.
         base_N: Elements of the base.
         updates_TN: Expert minus base; made anew for every sweep, so a method may overwrite it.
+        fisher_TN: Fisher information of the experts, 0 or above, for methods that need it.
     """
 
     tensor: str
@@ -83,6 +84,7 @@ class Panel:
     weights: tuple[float, ...]
     base_N: Tensor
     updates_TN: Tensor
+    fisher_TN: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,13 @@ class ElementwiseMethod(Method):
     """Merges panels, after as many measuring sweeps as it needs.
 
     `scope` says over what a sweep sums: each tensor, or all tensors merged with the same options.
-    `whole_rows`: panels begin and end with a row.
+    `whole_rows`: panels begin and end with a row. `needs_fisher`: panels have Fisher information.
     """
 
     scope: Literal["tensor", "model"] = "tensor"
     sweeps: int = 0
     whole_rows: ClassVar[bool] = False
+    needs_fisher: ClassVar[bool] = False
 
     def measure(self, panel: Panel, known: Sequence[Any], sums: Sums) -> None:
         """Add one panel to the sums of sweep number `len(known)` (float64 or int64 tensors)."""

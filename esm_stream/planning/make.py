@@ -44,6 +44,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         manifest=manifest.model_dump(mode="json"),
         base=opened.base.root,
         experts={name: checkpoint.root for name, checkpoint in opened.experts.items()},
+        fishers={e.name: e.fisher for e in manifest.experts if e.fisher and opened.fishers},
         work=manifest.work,
         output=manifest.output.path,
         output_dtype=manifest.output.dtype,

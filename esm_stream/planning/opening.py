@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from esm_stream.checkpoints.adapter import is_adapter, open_expert
-from esm_stream.checkpoints.checkpoint import Checkpoint, compare, open_checkpoint
+from esm_stream.checkpoints.checkpoint import (
+    Checkpoint,
+    compare,
+    open_checkpoint,
+    open_tensors,
+)
 from esm_stream.checkpoints.names import matcher
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
 from esm_stream.manifest import Expert, Graded, Manifest, Rule
-from esm_stream.methods import at_depth, create, depths_of, uses_moments
+from esm_stream.methods import at_depth, create, depths_of, needs_fisher, uses_moments
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +48,7 @@ class Opened:
     dtype: str
     notes: tuple[str, ...]
     sample: "Mapping[str, torch.Tensor]"
+    fishers: Mapping[str, Checkpoint]
 
 
 def open_inputs(manifest: Manifest) -> Opened:
@@ -55,6 +61,7 @@ def open_inputs(manifest: Manifest) -> Opened:
     """
     _check_methods(manifest)
     base, experts = _open_checkpoints(manifest)
+    fishers = _open_fishers(manifest)
     dtype = compute_dtype(manifest, base)
     needs_data = _needs_data(manifest)
     notes = [*_config_notes(base, experts), *(generic_notes(manifest) if needs_data else ())]
@@ -63,7 +70,9 @@ def open_inputs(manifest: Manifest) -> Opened:
         raise InputError(problems)
     if not needs_data:
         modality = _modality_of(base)
-        return Opened(manifest, base, experts, modality, None, None, dtype, tuple(notes), {})
+        return Opened(
+            manifest, base, experts, modality, None, None, dtype, tuple(notes), {}, fishers
+        )
 
     from esm_stream.calibration.skeleton import build_skeleton
 
@@ -77,7 +86,9 @@ def open_inputs(manifest: Manifest) -> Opened:
             'method = "tsv_m" or "average", or for esm the option decomposition = "svd".'
         ) from error
     modality = "vision" if skeleton.modality() == "vision" else "language"
-    return Opened(manifest, base, experts, modality, skeleton, trace, dtype, tuple(notes), sample)
+    return Opened(
+        manifest, base, experts, modality, skeleton, trace, dtype, tuple(notes), sample, fishers
+    )
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -203,6 +214,32 @@ def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpo
     if problems or base is None:
         raise InputError(problems)
     return base, found
+
+
+def _open_fishers(manifest: Manifest) -> dict[str, Checkpoint]:
+    """Fisher information of all experts, where a method of the manifest needs it.
+
+    Raises:
+        InputError: It is not named, or cannot be read.
+    """
+    methods = (create(n, at_depth(n, o, 0.0), "language") for _, n, o, _ in _chosen(manifest))
+    if not any(map(needs_fisher, methods)):
+        return {}
+    found, problems = {}, []
+    for expert in manifest.experts:
+        if expert.fisher is None:
+            problems.append(
+                f"expert \"{expert.name}\" has no Fisher information, which method 'fisher' needs; "
+                "give it `fisher`, a .safetensors file with the names and shapes of the base"
+            )
+            continue
+        try:
+            found[expert.name] = open_tensors(expert.fisher)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return found
 
 
 def _calibration_problems(manifest: Manifest) -> list[str]:

@@ -229,6 +229,7 @@ class Plan:
     manifest: dict[str, Any]
     base: Path
     experts: dict[str, Path]
+    fishers: dict[str, Path]
     work: Path
     output: Path
     output_dtype: str

@@ -24,12 +24,14 @@ from esm_stream.checkpoints.layout import ShardLayout
 from esm_stream.errors import BudgetError
 from esm_stream.methods import elementwise_method, is_factor_method, method_of
 from esm_stream.methods.contract import ElementwiseMethod, SpectralMethod, SumMethod
+from esm_stream.methods.fisher import Fisher
 from esm_stream.methods.regmean import RegMean
 from esm_stream.planning.opening import Opened, source_of
 from esm_stream.planning.plan import (
     ALL,
     ForwardPlan,
     Matrix,
+    MethodChoice,
     Task,
     digest,
     forward_task,
@@ -425,7 +427,7 @@ class TaskBuilder:
         names: Sequence[str],
         before: tuple[str, ...],
     ) -> Task:
-        everyone = [self._opened.base, *self._opened.experts.values()]
+        everyone = self._models([self._treatments.populations[population]])
         return self._task(
             key,
             "measure",
@@ -447,6 +449,13 @@ class TaskBuilder:
             tensors=tuple(names),
             sweep=sweep,
         )
+
+    def _models(self, choices: Iterable[MethodChoice | None]) -> list[Checkpoint]:
+        """Base and experts, and the experts' Fisher information where a method needs it."""
+        models = [self._opened.base, *self._opened.experts.values()]
+        if any(choice is not None and choice.name == Fisher.name for choice in choices):
+            models += self._opened.fishers.values()
+        return models
 
     def _sums_bytes(self) -> int:
         """Sums of one sweep: at most two histograms per expert."""
@@ -505,7 +514,7 @@ class TaskBuilder:
             identity: list[object] = []
         else:
             after = ()
-            everyone = [self._opened.base, *self._opened.experts.values()]
+            everyone = self._models([m.method])
             read = sum(_part_bytes(c, m) for c in everyone)
             factors = columns * (m.outputs + m.inputs) * budget.F32
             by_svd = is_factor_method(method) and method.factors_by_svd
@@ -656,7 +665,7 @@ class TaskBuilder:
         for name in names:
             plan = self._treatments.tensors[name]
             identity.append([name, plan.treatment, plan.alpha, plan.method, plan.source])
-            models = [self._opened.base, *self._opened.experts.values()]
+            models = self._models([plan.method])
             identity.append([model.identity(name) for model in models])
             if plan.population:
                 sweeps = elementwise_method(self._treatments.populations[plan.population]).sweeps
@@ -755,9 +764,9 @@ class TaskBuilder:
             if plan.treatment in ("elementwise", "factors")
         ]
         keys = []
-        everyone = [self._opened.base, *self._opened.experts.values()]
         for number, names in enumerate(_groups(merged, self._opened.base.tensors, MEASURE_BYTES)):
             plans = [self._treatments.tensors[name] for name in names]
+            everyone = self._models(p.method for p in plans)
             totals = {p.population for p in plans if p.treatment == "elementwise"} - {""}
             task = self._task(
                 f"magnitudes/{number:04d}",
@@ -837,7 +846,7 @@ class TaskBuilder:
                     after += [merge, depends[-1]]
                     identity.append(matrix.parts)
             elif plan.treatment != "copy":
-                experts = self._opened.experts.values()
+                experts = self._models([plan.method])[1:]
                 identity += [e.identity(plan.name) for e in experts]
                 identity.append(plan.method)
                 if plan.treatment == "elementwise":

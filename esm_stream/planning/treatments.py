@@ -8,12 +8,12 @@ that the profile says not to merge are copied; the method's own matrices go to i
 `other_matrices`; everything else is averaged.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from esm_stream.calibration.steps import OUTSIDE
-from esm_stream.checkpoints.header import TensorInfo
+from esm_stream.checkpoints.header import TensorInfo, shortened
 from esm_stream.checkpoints.names import (
     block_of,
     compile_pattern,
@@ -23,7 +23,7 @@ from esm_stream.checkpoints.names import (
     role_of,
     stack_of,
 )
-from esm_stream.errors import ManifestError, UnsupportedModelError
+from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
 from esm_stream.manifest import Graded, Rule
 from esm_stream.methods import (
     at_depth,
@@ -31,6 +31,7 @@ from esm_stream.methods import (
     interpolated,
     is_factor_method,
     merges_matrices,
+    needs_fisher,
     uses_moments,
 )
 from esm_stream.methods.contract import AnyMethod, ElementwiseMethod, Method, SumMethod
@@ -107,7 +108,10 @@ class Treatments:
         self.layer_level = self._layer_level()
         lines = self._merge.post.lines
         self.lines_slope = lines.b if lines and lines.a is None else None
+        self._fisher_problems: list[str] = []
         self._decide()
+        if self._fisher_problems:
+            raise InputError(shortened(self._fisher_problems, "Fisher information"))
 
     def _layer_level(self) -> tuple[float, Variant] | None:
         """Exponent and variant of layer scaling, asked for by [merge.post] or the profile.
@@ -189,6 +193,19 @@ class Treatments:
                     plan, alpha=matrix.alpha, method=matrix.method, matrices=names
                 )
 
+    def _without_fisher(self, name: str) -> Iterator[str]:
+        """What is wrong with the experts' Fisher information of a tensor."""
+        shape = self.opened.base.tensors[name].shape
+        for expert, fisher in self.opened.fishers.items():
+            info = fisher.tensors.get(name)
+            if info is None or info.shape != shape or not info.kind.is_float:
+                found = f"has it as {info.dtype} {info.shape}" if info else "does not have it"
+                yield (
+                    f"tensor '{name}' has shape {shape} and is merged by its Fisher information; "
+                    f'that of expert "{expert}" ({fisher.root}) {found}. Let a rule merge it by '
+                    "another method, or save it with the others"
+                )
+
     def _post_factor(self, name: str) -> float:
         """What [merge.post] multiplies a merged tensor by, as far as the manifest says it."""
         post = self._merge.post
@@ -209,6 +226,8 @@ class Treatments:
         """A tensor merged panel by panel, with the tensors it shares statistics with."""
         method = self._method(choice.method)
         population = ""
+        if needs_fisher(method):
+            self._fisher_problems += self._without_fisher(name)
         if isinstance(method, ElementwiseMethod) and method.sweeps and method.scope == "model":
             population = f"{choice.method.name}-{digest(asdict(choice.method))[:12]}"
             self.populations[population] = choice.method

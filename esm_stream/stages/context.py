@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esm_stream.checkpoints.adapter import AdaptedReader, open_expert, open_reader
-from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.errors import DataError
 from esm_stream.planning.plan import Matrix, Part, Plan, Task
@@ -73,6 +73,14 @@ class Context:
             reader = open_reader(checkpoint_at(self._roots[name], self.plan.base))
             self._readers[name] = self._stack.enter_context(reader)
         return self._readers[name]
+
+    def fisher_reader(self, expert: str) -> TensorReader:
+        """Reader of an expert's Fisher information."""
+        key = f"fisher:{expert}"
+        if key not in self._readers:
+            reader = TensorReader(open_tensors(self.plan.fishers[expert]))
+            self._readers[key] = self._stack.enter_context(reader)
+        return self._readers[key]
 
     def add_model(self, name: str, root: Path) -> None:
         """Let a model be read that the plan does not name."""

@@ -12,7 +12,7 @@ Letters: T experts, N elements of a panel.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from esm_stream.budget import panel_elements
 from esm_stream.checkpoints.adapter import AdaptedReader, LowRank
 from esm_stream.checkpoints.reader import TensorReader
+from esm_stream.errors import DataError
+from esm_stream.methods import method_of, needs_fisher
 from esm_stream.methods.contract import ElementwiseMethod, Panel, Sums, Whole
 from esm_stream.planning.plan import MethodChoice
 from esm_stream.stages.context import BASE, Context, require_finite
@@ -55,6 +57,8 @@ class Panels:
         length = max(1, min(length, stop - self.start))
         own, *models = (self._model(context.reader(name), length) for name in (BASE, *names))
         assert isinstance(own, _Stored)
+        readers = map(context.fisher_reader, names if self._needs_fisher else ())
+        fishers = [_Stored(reader, self.tensor, length) for reader in readers]
         wide = torch.float64 if any(m.is_wide for m in (own, *models)) else torch.float32
         stack = torch.empty(len(names) * length, dtype=wide)
         for first in range(self.start, stop, length):
@@ -65,8 +69,41 @@ class Panels:
                 model.update(row_N, first, base_N)
             self._require_finite(updates_TN, base_N)
             yield Panel(
-                self.tensor, first, info.columns, names, self.choice.weights, base_N, updates_TN
+                self.tensor,
+                first,
+                info.columns,
+                names,
+                self.choice.weights,
+                base_N,
+                updates_TN,
+                self._fisher(fishers, first, updates_TN),
             )
+
+    @property
+    def _needs_fisher(self) -> bool:
+        return needs_fisher(method_of(self.choice))
+
+    def _fisher(
+        self, fishers: "Sequence[_Stored]", first: int, updates_TN: Tensor
+    ) -> Tensor | None:
+        """Fisher information of the elements of a panel, (T, N).
+
+        Raises:
+            DataError: It holds NaN, Inf or negative numbers.
+        """
+        if not fishers:
+            return None
+        fisher_TN = torch.empty_like(updates_TN)
+        for row_N, fisher, name in zip(
+            fisher_TN, fishers, self.context.plan.expert_names, strict=True
+        ):
+            row_N.copy_(fisher.elements(first, len(row_N)))
+            if not (math.isfinite(float(row_N.sum())) and float(row_N.min()) >= 0):
+                raise DataError(
+                    f"{self.context.plan.fishers[name]}: tensor '{self.tensor}' holds NaN, Inf or "
+                    f'negative numbers; Fisher information of expert "{name}" is a mean of squares'
+                )
+        return fisher_TN
 
     def _model(self, reader: TensorReader, length: int) -> "_Stored | _Adapted":
         if reader.checkpoint.rank(self.tensor) is None:

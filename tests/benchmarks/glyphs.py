@@ -114,6 +114,11 @@ ROWS = (
         _sums((78.43, 70.53, 63.60)),
     ),
     Row("esm, journal", {"method": "esm"}),
+    Row("owl", {"method": "owl"}),
+    Row("task_arithmetic, svc = 1", {"method": "task_arithmetic", "post": {"svc": 1.0}}),
+    Row("task_arithmetic, svc = 0.1", {"method": "task_arithmetic", "post": {"svc": 0.1}}),
+    Row("iso_cts, svc = 1", {"method": "iso_cts", "post": {"svc": 1.0}}),
+    Row("tsv_m, layers = 2", {"method": "tsv_m", "post": {"layers": 2.0}}),
 )
 
 
@@ -180,6 +185,9 @@ def merged_at_one(folder: Path, tasks: list[str], merge: Mapping[str, Any]) -> t
     lines.append(f'[calibration]\nsamples = {SAMPLES}\n[output]\npath = "merged"')
     lines.append(f'[merge]\nmethod = "{merge["method"]}"\nalpha = 1.0\n[merge.options]')
     lines += [f"{key} = {json.dumps(value)}" for key, value in merge.get("options", {}).items()]
+    if "post" in merge:
+        lines.append("[merge.post]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in merge["post"].items()]
     folder.mkdir(parents=True)
     (folder / "manifest.toml").write_text("\n".join(lines) + "\n")
     plan = make_plan(load_manifest(folder / "manifest.toml"))
@@ -194,8 +202,7 @@ def at_alpha(
     method = plan.method.name
     found = {}
     for name, base in scorer.base.items():
-        treated = plan.tensors[name]
-        own = plan.matrices[treated.matrix].method if treated.matrix else treated.method
+        own = plan.tensors[name].method
         scaled = own is not None and own.name == method and own.options == plan.method.options
         found[name] = base + alpha * (merged[name] - base) if scaled else merged[name]
     return found
