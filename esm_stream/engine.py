@@ -398,12 +398,12 @@ def _require_equal_integers(plan: Plan) -> None:
     Raises:
         InputError: Every tensor of every expert that differs.
     """
-    base = checkpoint_at(plan.base, plan.base)
+    base = checkpoint_at(plan, plan.base)
     names = [name for name, tensor in plan.tensors.items() if tensor.treatment == "equal"]
     problems = []
     with TensorReader(base) as own:
         for expert, root in plan.experts.items():
-            with open_reader(checkpoint_at(root, plan.base)) as other:
+            with open_reader(checkpoint_at(plan, root)) as other:
                 problems += [
                     _different(plan, expert, name)
                     for name in names

@@ -256,6 +256,11 @@ class Output(Section):
     dtype: Literal["base"] | FloatType = Field(
         default="base", description="'base' keeps the dtype of each of the base's tensors."
     )
+    layers: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        description="Layers of the merged model, as ranges [first, end] of the inputs' layers, one "
+        "after the other; none means all as they are.",
+    )
     shard_size: Literal["base"] | Size = Field(
         default="base", description="'base' keeps the base's files; or the largest file, '2GiB'."
     )

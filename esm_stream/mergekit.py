@@ -107,11 +107,15 @@ _METHODS: dict[str, _Method] = {
 
 @dataclass(frozen=True)
 class _Slice:
-    """Layers of the output that are merged alike: their models and parameters, in order."""
+    """Layers of the output that are merged alike: their models and parameters, in order.
+
+    `layers` are those of the models; `first` is the number of the first of them in the output.
+    """
 
     models: tuple[tuple[str, Parameters], ...]
     parameters: Parameters
     layers: tuple[int, int] | None
+    first: int = 0
 
 
 def manifest_of(document: Mapping[str, Any], output: str = "merged") -> str:
@@ -175,7 +179,8 @@ class _Import:
                 (str(entry["model"]), entry.get("parameters") or {}) for entry in document["models"]
             )
             return [_Slice(models, {}, None)]
-        found = []
+        found: list[_Slice] = []
+        first = 0
         for entry in document.get("slices") or ():
             sources = entry["sources"]
             ranges = [tuple(source["layer_range"]) for source in sources]
@@ -184,13 +189,9 @@ class _Import:
             if len(set(ranges)) > 1:
                 self.problems.append(f"slices: layers {ranges} of different places as one")
             models = tuple((str(s["model"]), s.get("parameters") or {}) for s in sources)
-            found.append(_Slice(models, entry.get("parameters") or {}, ranges[0]))
-        starts = [0, *(s.layers[1] for s in found if s.layers)]
-        if any(s.layers and s.layers[0] != start for s, start in zip(found, starts, strict=False)):
-            self.problems.append(
-                "slices: layers left out, repeated or in another order, which change the number or "
-                "order of layers of the model"
-            )
+            start, stop = ranges[0]
+            found.append(_Slice(models, entry.get("parameters") or {}, (start, stop), first))
+            first += stop - start
         if not found:
             self.problems.append("neither models nor slices")
         return found
@@ -263,6 +264,9 @@ class _Import:
             lines = [f"tensors = {_toml(rule.tensors)}", *_lines(rule.treatment)]
             yield "\n[[merge.rules]]\n" + "\n".join(lines)
         yield f"\n[output]\npath = {_toml(self.output)}"
+        ranges = [list(part.layers) for part in self.slices if part.layers]
+        if ranges:
+            yield f"layers = {_toml(ranges)}"
         dtype = self.document.get("out_dtype") or self.document.get("dtype")
         if dtype:
             yield f"dtype = {_toml(dtype)}"
@@ -307,7 +311,8 @@ class _Import:
     def _pattern(self, part: _Slice, text: str) -> str:
         if part.layers is None or len(self.slices) == 1:
             return f"*{text}*" if text else "*"
-        layers = "|".join(map(str, range(*part.layers)))
+        count = part.layers[1] - part.layers[0]
+        layers = "|".join(map(str, range(part.first, part.first + count)))
         ahead = f"(?=.*{re.escape(text)})" if text else ""
         return rf"re:{ahead}([^0-9]*\.)?({layers})\..*"
 

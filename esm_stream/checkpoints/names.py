@@ -74,6 +74,11 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def in_block(name: str, number: int) -> str:
+    """The name of the same tensor of another block."""
+    return _BLOCK.sub(str(number), "." + name, count=1)[1:]
+
+
 def stack_of(name: str) -> str:
     """What precedes the block's number, which names its list of blocks; the whole name if none."""
     match = _BLOCK.search("." + name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from esm_stream import __version__
 from esm_stream.allocation import return_freed_memory
@@ -30,7 +31,8 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
     treatments = Treatments(opened)
     needed = any(matrix.moment for matrix in treatments.matrices.values())
     forward = _forward_plan(opened) if needed else None
-    layouts = plan_shards(opened.base, manifest.output.dtype, manifest.output.shard_size)
+    shard_size = _shard_size(opened)
+    layouts = plan_shards(opened.base, manifest.output.dtype, shard_size)
     tasks = TaskBuilder(opened, treatments, forward, layouts).build()
     while forward is not None and _may_run_smaller(forward, tasks, manifest.run.memory):
         forward = replace(forward, micro_batch_tokens=forward.micro_batch_tokens // 2)
@@ -48,7 +50,7 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         work=manifest.work,
         output=manifest.output.path,
         output_dtype=manifest.output.dtype,
-        shard_size=manifest.output.shard_size,
+        shard_size=shard_size,
         memory=manifest.run.memory,
         modality=opened.modality,
         forward=forward,
@@ -56,10 +58,19 @@ def make_plan(manifest: Manifest, *, check_memory: bool = True) -> Plan:
         tensors=treatments.tensors,
         tasks=tasks,
         populations=treatments.populations,
+        block_order=opened.block_order,
         layer_level=treatments.layer_level,
         lines_slope=treatments.lines_slope,
         notes=(*opened.notes, *treatments.unobserved(), *treatments.unused_patterns()),
     )
+
+
+def _shard_size(opened: Opened) -> Literal["base"] | int:
+    """As asked for; with other layers than the base's, its files are no layout: only their size."""
+    asked = opened.manifest.output.shard_size
+    if asked != "base" or opened.block_order is None:
+        return asked
+    return max(header.file_size for header in opened.base.headers)
 
 
 def _forward_plan(opened: Opened) -> ForwardPlan:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from esm_stream.checkpoints.adapter import is_adapter, open_expert
+from esm_stream.checkpoints.adapter import AdaptedCheckpoint, is_adapter, open_expert
 from esm_stream.checkpoints.checkpoint import (
     Checkpoint,
     compare,
@@ -18,6 +18,7 @@ from esm_stream.checkpoints.checkpoint import (
     open_tensors,
 )
 from esm_stream.checkpoints.names import matcher
+from esm_stream.checkpoints.restacked import block_order, restacked
 from esm_stream.errors import InputError, ManifestError, UnsupportedModelError
 from esm_stream.manifest import Expert, Graded, Manifest, Rule
 from esm_stream.methods import at_depth, create, depths_of, needs_fisher, uses_moments
@@ -49,6 +50,7 @@ class Opened:
     notes: tuple[str, ...]
     sample: "Mapping[str, torch.Tensor]"
     fishers: Mapping[str, Checkpoint]
+    block_order: tuple[int, ...] | None = None
 
 
 def open_inputs(manifest: Manifest) -> Opened:
@@ -62,6 +64,12 @@ def open_inputs(manifest: Manifest) -> Opened:
     _check_methods(manifest)
     base, experts = _open_checkpoints(manifest)
     fishers = _open_fishers(manifest)
+    order = _block_order(manifest, base, experts)
+    base, experts, fishers = (
+        restacked(base, order),
+        {name: restacked(expert, order) for name, expert in experts.items()},
+        {name: restacked(fisher, order) for name, fisher in fishers.items()},
+    )
     dtype = compute_dtype(manifest, base)
     needs_data = _needs_data(manifest)
     notes = [*_config_notes(base, experts), *(generic_notes(manifest) if needs_data else ())]
@@ -71,7 +79,7 @@ def open_inputs(manifest: Manifest) -> Opened:
     if not needs_data:
         modality = _modality_of(base)
         return Opened(
-            manifest, base, experts, modality, None, None, dtype, tuple(notes), {}, fishers
+            manifest, base, experts, modality, None, None, dtype, tuple(notes), {}, fishers, order
         )
 
     from esm_stream.calibration.skeleton import build_skeleton
@@ -214,6 +222,30 @@ def _open_checkpoints(manifest: Manifest) -> tuple[Checkpoint, dict[str, Checkpo
     if problems or base is None:
         raise InputError(problems)
     return base, found
+
+
+def _block_order(
+    manifest: Manifest, base: Checkpoint, experts: Mapping[str, Checkpoint]
+) -> tuple[int, ...] | None:
+    """What [output] layers asks for.
+
+    Raises:
+        ManifestError: It is not possible with these models or methods.
+    """
+    if not manifest.output.layers:
+        return None
+    order = block_order(base, manifest.output.layers)
+    if order is not None and _needs_data(manifest):
+        raise ManifestError(
+            "output.layers: methods that look at samples run models with all their layers; merge "
+            "by one that does not, or merge first and change the layers of the merged model"
+        )
+    adapters = [name for name, expert in experts.items() if isinstance(expert, AdaptedCheckpoint)]
+    if order is not None and adapters:
+        raise ManifestError(
+            f"output.layers: {', '.join(adapters)} are adapters; merge them into their base first"
+        )
+    return order
 
 
 def _open_fishers(manifest: Manifest) -> dict[str, Checkpoint]:

@@ -218,6 +218,7 @@ class Task:
 class Plan:
     """Everything `merge` will do, and what it costs.
 
+    `block_order`: for every block of the output, the block of the inputs that it is made of.
     `layer_level`: exponent and variant of layer scaling, of the matrices that have it.
     `lines_slope`: what LiNeS adds from the first block to the last, if its first factor has to be
     found by a pass over the model.
@@ -241,6 +242,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
     populations: dict[str, MethodChoice] = field(default_factory=dict)
+    block_order: tuple[int, ...] | None = None
     layer_level: tuple[float, Variant] | None = None
     lines_slope: float | None = None
     notes: tuple[str, ...] = field(default=())

@@ -877,7 +877,11 @@ class TaskBuilder:
             "finish",
             after=tuple(task.key for task in tasks),
             depends=tuple(f"seal/{layout.file_name}" for layout in self._layouts),
-            identity=[_folder_identity(base.root), [x.file_name for x in self._layouts]],
+            identity=[
+                _folder_identity(base.root),
+                [x.file_name for x in self._layouts],
+                self._opened.block_order,
+            ],
             writes=("config.json", "README.md", "report.json", "complete.json"),
             peak_bytes=budget.TASK_OVERHEAD,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from esm_stream.checkpoints.adapter import AdaptedReader, open_expert, open_reader
 from esm_stream.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from esm_stream.checkpoints.reader import TensorReader
+from esm_stream.checkpoints.restacked import restacked
 from esm_stream.errors import DataError
 from esm_stream.planning.plan import Matrix, Part, Plan, Task
 from esm_stream.store.factors import FactorStore
@@ -70,7 +71,7 @@ class Context:
     def reader(self, name: str) -> TensorReader:
         """Reader of an expert, or of the base (name BASE)."""
         if name not in self._readers:
-            reader = open_reader(checkpoint_at(self._roots[name], self.plan.base))
+            reader = open_reader(checkpoint_at(self.plan, self._roots[name]))
             self._readers[name] = self._stack.enter_context(reader)
         return self._readers[name]
 
@@ -78,7 +79,8 @@ class Context:
         """Reader of an expert's Fisher information."""
         key = f"fisher:{expert}"
         if key not in self._readers:
-            reader = TensorReader(open_tensors(self.plan.fishers[expert]))
+            found = restacked(open_tensors(self.plan.fishers[expert]), self.plan.block_order)
+            reader = TensorReader(found)
             self._readers[key] = self._stack.enter_context(reader)
         return self._readers[key]
 
@@ -263,7 +265,12 @@ def blame(context: Context, names: Iterable[str], otherwise: str) -> DataError:
 _CHECKPOINTS: dict[Path, Checkpoint] = {}
 
 
-def checkpoint_at(root: Path, base: Path) -> Checkpoint:
+def checkpoint_at(plan: Plan, root: Path) -> Checkpoint:
+    """The base or an expert by its directory, blocks in the order of the output."""
+    return restacked(stored_at(root, plan.base), plan.block_order)
+
+
+def stored_at(root: Path, base: Path) -> Checkpoint:
     """A checkpoint whose headers this process has read; the plan checked them before.
 
     Args:
@@ -271,7 +278,7 @@ def checkpoint_at(root: Path, base: Path) -> Checkpoint:
         base: Directory of the base, which an adapter is one of.
     """
     if root not in _CHECKPOINTS:
-        own = None if root == base else checkpoint_at(base, base)
+        own = None if root == base else stored_at(base, base)
         _CHECKPOINTS[root] = open_expert(root, own) if own else open_checkpoint(root)
     return _CHECKPOINTS[root]
 

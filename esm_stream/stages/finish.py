@@ -7,6 +7,8 @@ from typing import Any
 
 from esm_stream.checkpoints.checkpoint import INDEX_NAME
 from esm_stream.checkpoints.companions import model_files
+from esm_stream.checkpoints.restacked import restacked_config
+from esm_stream.planning.plan import Plan
 from esm_stream.report.card import model_card
 from esm_stream.report.numbers import build_report
 from esm_stream.stages.context import Context, TaskResult, checkpoint_at
@@ -23,9 +25,9 @@ def run(context: Context) -> TaskResult:
     layouts = layouts_of(plan)
     write_index(output, list(layouts.values()))
     written = [output / INDEX_NAME] if len(layouts) > 1 else []
-    written += [_copy(path, output, plan.output_dtype) for path in model_files(plan.base)]
-    experts = {name: checkpoint_at(root, plan.base) for name, root in plan.experts.items()}
-    report = build_report(plan, checkpoint_at(plan.base, plan.base), experts)
+    written += [_copy(path, plan) for path in model_files(plan.base)]
+    experts = {name: checkpoint_at(plan, root) for name, root in plan.experts.items()}
+    report = build_report(plan, checkpoint_at(plan, plan.base), experts)
     written.append(_write(output / "report.json", json.dumps(report, indent=1)))
     written.append(_write(output / "README.md", model_card(plan, report)))
     outputs = [context.directory.record(path) for path in written]
@@ -45,12 +47,15 @@ def run(context: Context) -> TaskResult:
     return TaskResult([*outputs, context.directory.record(output / COMPLETE)])
 
 
-def _copy(source: Path, output: Path, dtype: str) -> Path:
-    """Copy one small file of the base; the configuration learns the output's dtype."""
+def _copy(source: Path, plan: Plan) -> Path:
+    """Copy one small file of the base; the configuration learns the output's dtype and layers."""
     content = source.read_bytes()
-    if source.name == "config.json" and dtype != "base":
-        content = _with_dtype(json.loads(content), dtype)
-    target = output / source.name
+    if source.name == "config.json" and plan.block_order is not None:
+        config = restacked_config(json.loads(content), plan.block_order)
+        content = (json.dumps(config, indent=2) + "\n").encode()
+    if source.name == "config.json" and plan.output_dtype != "base":
+        content = _with_dtype(json.loads(content), plan.output_dtype)
+    target = plan.output / source.name
     write_atomically(target, content)
     return target
 

@@ -61,7 +61,7 @@ def members(plan: Plan, matrix: Matrix) -> dict[str, str]:
         keys = {name: forward_key(plan, name, matrix) for name in plan.experts}
         return {plan.tasks[key].fingerprint: name for name, key in keys.items()}
     return {
-        _fingerprint(plan, matrix, name, checkpoint_at(root, plan.base), weight): name
+        _fingerprint(plan, matrix, name, checkpoint_at(plan, root), weight): name
         for (name, root), weight in zip(plan.experts.items(), matrix.method.weights, strict=True)
     }
 
@@ -101,7 +101,7 @@ def _take_out(context: Context, matrix: Matrix, member: str, about: Mapping[str,
     """Take out an expert that left, if its files are still what they were."""
     root, weight = Path(about["root"]), about["weight"]
     try:
-        checkpoint = checkpoint_at(root, context.plan.base)
+        checkpoint = checkpoint_at(context.plan, root)
     except InputError:
         return False
     if _fingerprint(context.plan, matrix, about["expert"], checkpoint, weight) != member:
@@ -125,7 +125,7 @@ def _fingerprint(
         [(p.tensor, p.outputs, p.slice, p.start) for p in matrix.parts],
         matrix.transposed,
         _method(matrix).identity("term"),
-        [[c.identity(n) for n in names] for c in (checkpoint_at(plan.base, plan.base), checkpoint)],
+        [[c.identity(n) for n in names] for c in (checkpoint_at(plan, plan.base), checkpoint)],
     )
 
 

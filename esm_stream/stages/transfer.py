@@ -21,7 +21,7 @@ from esm_stream.budget import STAGING_BYTES
 from esm_stream.checkpoints.adapter import open_reader
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.planning.plan import Plan
-from esm_stream.stages.context import BASE, Context, checkpoint_at
+from esm_stream.stages.context import BASE, Context, stored_at
 
 # Where the allocator of CUDA would put a tensor of its own.
 ALIGNMENT: Final = 512
@@ -147,7 +147,7 @@ class BlockBuffers:
         start = 0
         with beside:
             for (model, root), names in wanted.items():
-                with open_reader(checkpoint_at(root, _base_of(wanted))) as reader:
+                with open_reader(stored_at(root, _base_of(wanted))) as reader:
                     for name in names:
                         source = reader.raw_bytes(name)
                         target = place[start : start + len(source)]
@@ -180,7 +180,7 @@ def _bytes_on(device: torch.device, size: int) -> Tensor:
 def _size(wanted: Wanted) -> int:
     """Bytes of a place for all of them."""
     return sum(
-        _aligned(checkpoint_at(root, _base_of(wanted)).tensors[name].nbytes)
+        _aligned(stored_at(root, _base_of(wanted)).tensors[name].nbytes)
         for (_, root), names in wanted.items()
         for name in names
     )

@@ -34,7 +34,7 @@ HASHES: Final = "xxh3_128"
 
 def layouts_of(plan: Plan) -> dict[str, ShardLayout]:
     """Output shards by file name."""
-    shards = plan_shards(checkpoint_at(plan.base, plan.base), plan.output_dtype, plan.shard_size)  # type: ignore[arg-type]
+    shards = plan_shards(checkpoint_at(plan, plan.base), plan.output_dtype, plan.shard_size)  # type: ignore[arg-type]
     return {layout.file_name: layout for layout in shards}
 
 

@@ -63,7 +63,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nuslerp": {"merge_method": "nuslerp", "weights": [0.4, 0.9]},
     "multislerp": {"merge_method": "multislerp", "weights": [0.4, 0.9, 1.0]},
     "karcher": {"merge_method": "karcher"},
-    "passthrough": {"merge_method": "passthrough"},
+    "passthrough": {"merge_method": "passthrough", "slices": [(0, 0, 1), (1, 1, 2)]},
+    "passthrough-deeper": {
+        "merge_method": "passthrough",
+        "slices": [(0, 0, 2), (1, 0, 2), (2, 1, 2)],
+    },
 }
 # What mergekit computes in float32 by many steps.
 TOLERANCE = {"karcher": 2e-5, "multislerp": 2e-6}
@@ -73,8 +77,10 @@ def config_of(zoo: Zoo, settings: dict[str, Any]) -> dict[str, Any]:
     """The configuration as mergekit reads it."""
     method, paths = settings["merge_method"], [str(path) for path in zoo.experts.values()]
     if method == "passthrough":
-        halves = [(paths[0], [0, 1]), (paths[1], [1, 2])]
-        sources = [{"sources": [{"model": m, "layer_range": layers}]} for m, layers in halves]
+        sources = [
+            {"sources": [{"model": paths[number], "layer_range": [first, end]}]}
+            for number, first, end in settings["slices"]
+        ]
         return {"merge_method": method, "slices": sources, "dtype": "float32"}
     weights = settings.get("weights") or [1.0] * len(paths)
     densities = settings.get("density") or [None] * len(paths)

@@ -84,6 +84,21 @@ def test_layers_from_different_models_become_rules() -> None:
         (r"re:([^0-9]*\.)?(0|1)\..*", "a"),
         ("*", "b"),
     ]
+    assert found["output"]["layers"] == [[0, 2], [2, 4]]
+
+
+def test_layers_may_be_repeated_and_left_out() -> None:
+    found = manifest(
+        """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: a, layer_range: [0, 3]}]
+          - sources: [{model: b, layer_range: [1, 4]}]
+        """
+    )
+    assert found["output"]["layers"] == [[0, 3], [1, 4]]
+    patterns = [r["tensors"] for r in found["merge"]["rules"]]
+    assert patterns == ["re:.*(embed|wte|wpe).*", r"re:([^0-9]*\.)?(0|1|2)\..*", "*"]
 
 
 def test_manifests_can_be_loaded(tmp_path: Path) -> None:
@@ -110,12 +125,6 @@ def test_manifests_can_be_loaded(tmp_path: Path) -> None:
             "merge_method: linear\nmodels: [{model: a+lora}, {model: b}]\n"
             "parameters: {weight: 1, colour: red}\ntokenizer_source: union\nfoo: 1",
             ["'a+lora': adapters", "'colour' of linear", "tokenizer_source", "foo: unknown key"],
-        ),
-        (
-            "merge_method: passthrough\nslices:\n"
-            "- sources: [{model: a, layer_range: [0, 3]}]\n"
-            "- sources: [{model: b, layer_range: [2, 4]}]",
-            ["left out, repeated or in another order"],
         ),
         (
             "merge_method: ties\nbase_model: c\nmodels: [{model: a}, {model: b}]\n"
