@@ -230,7 +230,6 @@ class Plan:
     manifest: dict[str, Any]
     base: Path
     experts: dict[str, Path]
-    fishers: dict[str, Path]
     work: Path
     output: Path
     output_dtype: str
@@ -242,6 +241,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
     tasks: dict[str, Task]
     populations: dict[str, MethodChoice] = field(default_factory=dict)
+    fishers: dict[str, Path] = field(default_factory=dict)
     block_order: tuple[int, ...] | None = None
     layer_level: tuple[float, Variant] | None = None
     lines_slope: float | None = None
