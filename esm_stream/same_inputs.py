@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from esm_stream.checkpoints.checkpoint import Checkpoint
 from esm_stream.planning.plan import Plan, Task
-from esm_stream.stages.context import checkpoint_at
+from esm_stream.stages.context import checkpoint_at, fisher_of
 from esm_stream.store.files import hash_file, sealed, unsealed, write_atomically
 
 
@@ -65,8 +66,8 @@ def _parents(plan: Plan, task: Task) -> Iterator[str]:
 
 
 def _files(plan: Plan) -> Iterator[Path]:
-    for root in (plan.base, *plan.experts.values()):
-        yield from (header.path for header in checkpoint_at(root).headers)
+    for _, checkpoint in _models(plan):
+        yield from (header.path for header in checkpoint.headers)
     for task in plan.of_stage("inputs"):
         for source in map(Path, task.reads):
             yield from sorted(p for p in source.rglob("*") if p.is_file())
@@ -91,10 +92,18 @@ def _recorded(plan: Plan) -> dict[str, Contents]:
 def _reads(plan: Plan, task: Task, path: Path) -> bool:
     if task.stage == "inputs":
         return any(path.is_relative_to(source) for source in task.reads)
-    for name, root in (("", plan.base), *plan.experts.items()):
-        headers = {header.path: header for header in checkpoint_at(root).headers}
+    for expert, checkpoint in _models(plan):
         # A task of one expert reads that expert and the base; others read all of them.
-        concerned = not name or task.expert in ("", name)
-        if concerned and path in headers and set(task.reads) & set(headers[path].tensors):
-            return True
+        if not expert or task.expert in ("", expert):
+            names = (name for name in task.reads if name in checkpoint.tensors)
+            if any(path == header.path for n in names for header in checkpoint.files_of(n)):
+                return True
     return False
+
+
+def _models(plan: Plan) -> Iterator[tuple[str, Checkpoint]]:
+    """Base, experts by name, and their Fisher information."""
+    for name, root in (("", plan.base), *plan.experts.items()):
+        yield name, checkpoint_at(plan, root)
+    for name in plan.fishers:
+        yield name, fisher_of(plan, name)

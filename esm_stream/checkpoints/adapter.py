@@ -101,6 +101,11 @@ class AdaptedCheckpoint(Checkpoint):
         """The adapter's file for what it holds whole, the base's for everything else."""
         return self.headers[0] if name in self.replaced else self.base.file_of(name)
 
+    def files_of(self, name: str) -> tuple[Header, ...]:
+        """The base's file, and the adapter's where it changes the tensor."""
+        own = self.file_of(name)
+        return (own, self.headers[0]) if name in self.pairs else (own,)
+
     def identity(self, name: str) -> str:
         """That of the base's tensor, and of the adapter if it changes the tensor."""
         own = self.headers[0]

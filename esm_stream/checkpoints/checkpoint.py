@@ -47,6 +47,10 @@ class Checkpoint:
         """The header of the file that holds the tensor."""
         return self._files[name]
 
+    def files_of(self, name: str) -> tuple[Header, ...]:
+        """The headers of all files that the tensor is made from."""
+        return (self.file_of(name),)
+
     def identity(self, name: str) -> str:
         """Text that changes when the tensor's file does; the same wherever the file is mounted."""
         header = self.file_of(name)

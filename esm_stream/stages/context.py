@@ -79,8 +79,7 @@ class Context:
         """Reader of an expert's Fisher information."""
         key = f"fisher:{expert}"
         if key not in self._readers:
-            found = restacked(open_tensors(self.plan.fishers[expert]), self.plan.block_order)
-            reader = TensorReader(found)
+            reader = TensorReader(fisher_of(self.plan, expert))
             self._readers[key] = self._stack.enter_context(reader)
         return self._readers[key]
 
@@ -268,6 +267,11 @@ _CHECKPOINTS: dict[Path, Checkpoint] = {}
 def checkpoint_at(plan: Plan, root: Path) -> Checkpoint:
     """The base or an expert by its directory, blocks in the order of the output."""
     return restacked(stored_at(root, plan.base), plan.block_order)
+
+
+def fisher_of(plan: Plan, expert: str) -> Checkpoint:
+    """Fisher information of an expert, blocks in the order of the output."""
+    return restacked(open_tensors(plan.fishers[expert]), plan.block_order)
 
 
 def stored_at(root: Path, base: Path) -> Checkpoint:

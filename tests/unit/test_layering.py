@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "completion": {"calibration", "planning", "stages", "store"},
     "space": {"budget", "completion", "planning", "stages", "write"},
     "verify": {"checkpoints", "completion", "planning", "stages", "store", "write"},
-    "same_inputs": {"planning", "stages", "store"},
+    "same_inputs": {"checkpoints", "planning", "stages", "store"},
     "schedule": {"allocation", "planning", "space", "stages", "stopping"},
     "engine": {
         *("checkpoints", "completion", "events", "planning", "same_inputs", "schedule"),
