@@ -8,11 +8,12 @@ be run. What it leaves in the output directory has to be there always.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from esm_stream.calibration.steps import OUTSIDE
 from esm_stream.errors import DataError
 from esm_stream.planning.plan import Plan, Stage, Task
 from esm_stream.stages import sums
+from esm_stream.store.sums import SumStore
 from esm_stream.store.work import Marker
 
 
@@ -37,7 +38,7 @@ def remaining(plan: Plan) -> set[str]:
             and _holds_sums(plan, plan.tasks[key])
         )
 
-    reads = [(plan.transient_readers, has_states), (product_readers(plan), has_products)]
+    reads = [(plan.transient_readers, has_states), (plan.product_readers, has_products)]
     return tasks_to_run(list(plan.tasks), is_valid, reads)
 
 
@@ -59,27 +60,32 @@ def stages_left(plan: Plan) -> set[Stage]:
     return {plan.tasks[key].stage for key in remaining(plan)}
 
 
-def product_readers(plan: Plan) -> dict[str, list[str]]:
-    """The tasks that read what a task keeps in the work directory: anything but passing states."""
-    found: dict[str, list[str]] = {key: [] for key in plan.tasks}
-    for task in plan.tasks.values():
-        for key in products_read(plan, task):
-            found[key].append(task.key)
-    return found
+def let_go(plan: Plan, task: Task) -> None:
+    """Remove what nobody needs when a task is done: passing states, and what [run] keep leaves out.
+
+    A state is needed until the last task that reads it is done; so is everything else then.
+    """
+    directory = plan.directory
+    for key in task.states:
+        if plan.readers_of_state[key][-1] == task.key:
+            for path in plan.states_of(plan.tasks[key]):
+                path.unlink(missing_ok=True)
+    keep = plan.manifest["run"]["keep"]
+    if keep == "all":
+        return
+    for key in plan.products_read(task):
+        marker = finished(plan, key)
+        if marker and all(finished(plan, reader) for reader in plan.product_readers[key]):
+            for output in marker.products:
+                if keep == "nothing" or not is_update(Path(output.path)):
+                    directory.of(output).unlink(missing_ok=True)
+    if task.stage == "merge" and plan.matrices[task.subject].summed:
+        SumStore(directory.sums).forget(task.subject)
 
 
-def products_read(plan: Plan, task: Task) -> tuple[str, ...]:
-    """The tasks whose products a task reads."""
-    if task.stage == "finish":
-        return ()  # it reads markers
-    if task.stage == "walk":
-        return (*task.after, *(drawn.key for drawn in plan.of_stage("inputs")))
-    if task.stage not in ("stem", "forward"):
-        return task.after
-    assert plan.forward is not None
-    in_chain = plan.forward.mode == "chain" and task.stage == "forward"
-    stage = "stem" if in_chain and task.subject != OUTSIDE else "inputs"
-    return (f"{stage}/{task.expert}",)
+def is_update(path: Path) -> bool:
+    """Whether a file, by its path in the work directory, is of a merged update."""
+    return path.parts[0] == "factors.zarr" and path.parts[2:3] == ("update",)
 
 
 def tasks_to_run(

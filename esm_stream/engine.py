@@ -64,6 +64,7 @@ def merge(
     restart: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    keep_going: bool = False,
     listener: Listener = lambda _: None,
 ) -> Outcome:
     """Run a plan, or what is left of it.
@@ -77,13 +78,14 @@ def merge(
         verify: Read everything that is there first, and make again what is damaged.
         verify_inputs: Read all inputs first, and refuse contents that changed unseen since the
             last run with this option; with `restart`, compute anew what read them.
+        keep_going: When a task fails, run all that does not need its result before giving up.
         listener: Called with every event.
 
     Raises:
         EsmStreamError: Lock, changed options, space, bad input, or a failed task; finished work
             is kept and the same call goes on from there.
     """
-    how = _How(scheduler, parallel, restart, verify, verify_inputs)
+    how = _How(scheduler, parallel, restart, verify, verify_inputs, keep_going)
     return _run_stages(plan, frozenset(STAGES), how, listener)
 
 
@@ -95,6 +97,7 @@ def calibrate(
     restart: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    keep_going: bool = False,
     listener: Listener = lambda _: None,
 ) -> Outcome:
     """Run what of a plan comes before the merges: samples, forward, factors of every expert.
@@ -113,7 +116,7 @@ def calibrate(
             f"nothing to calibrate: {plan.manifest['merge']['method']} with these options {why}; "
             "run merge"
         )
-    how = _How(scheduler, parallel, restart, verify, verify_inputs)
+    how = _How(scheduler, parallel, restart, verify, verify_inputs, keep_going)
     return _run_stages(plan, CALIBRATION, how, listener)
 
 
@@ -126,6 +129,7 @@ class _How:
     restart: bool
     verify: bool
     verify_inputs: bool
+    keep_going: bool
 
 
 def _run_stages(plan: Plan, stages: frozenset[Stage], how: _How, listener: Listener) -> Outcome:
@@ -160,7 +164,7 @@ def _run_stages(plan: Plan, stages: frozenset[Stage], how: _How, listener: Liste
         listen(Event("run_started", data={"reused": reused, "pending": keys}))
         _draw_inputs(plan, [key for key in keys if plan.tasks[key].stage == "inputs"], listen)
         rest = [key for key in keys if plan.tasks[key].stage != "inputs"]
-        _run(plan, rest, how.scheduler, how.parallel, listen)
+        _run(plan, rest, how, listen)
         filled = plan.output if "finish" in stages else plan.work
         listen(Event("run_finished", message=str(filled)))
     return Outcome(filled, len(keys), reused)
@@ -183,12 +187,12 @@ def _draw_inputs(plan: Plan, keys: list[str], listen: Listener) -> None:
         raise InputError(list(dict.fromkeys(problems)))
 
 
-def _run(plan: Plan, keys: list[str], scheduler: str, parallel: int, listen: Listener) -> None:
+def _run(plan: Plan, keys: list[str], how: _How, listen: Listener) -> None:
     def report(key: str, seconds: float) -> None:
         listen(event_of(plan.tasks[key], seconds))
 
     try:
-        run_tasks(plan, keys, scheduler, parallel, report)
+        run_tasks(plan, keys, how.scheduler, how.parallel, report, keep_going=how.keep_going)
     except Exception as error:
         listen(Event("task_failed", message=str(error)))
         raise

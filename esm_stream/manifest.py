@@ -282,6 +282,11 @@ class Run(Section):
         default="auto",
         description="How the forward is streamed; 'auto' is the first that fits the model.",
     )
+    keep: Literal["all", "updates", "nothing"] = Field(
+        default="all",
+        description="What stays in the work directory when it has been used: 'all' for any other "
+        "merge, 'updates' for another alpha, or 'nothing'.",
+    )
     parallel: PositiveInt = Field(
         default=1, description="Tasks at once in one process; each gets its share of the cores."
     )
@@ -340,6 +345,8 @@ def load_manifest(path: Path) -> Manifest:
         raise ManifestError(f"{path}: cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ManifestError(f"{path}: not valid TOML: {error}") from error
+    except RecursionError:
+        raise ManifestError(f"{path}: not valid TOML: nested too deep") from None
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:

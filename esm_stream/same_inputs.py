@@ -53,16 +53,9 @@ def readers_of(plan: Plan, files: list[Path]) -> set[str]:
     """Tasks that read any of the files, and all that depend on them."""
     found: set[str] = set()
     for task in plan.tasks.values():
-        if any(_reads(plan, task, path) for path in files) or found & set(_parents(plan, task)):
+        if any(_reads(plan, task, path) for path in files) or found & set(plan.parents(task)):
             found.add(task.key)
     return found
-
-
-def _parents(plan: Plan, task: Task) -> Iterator[str]:
-    """Tasks that a task depends on; forwards of other experts only come before it."""
-    for key in task.after:
-        if task.stage != "forward" or plan.tasks[key].expert == task.expert:
-            yield key
 
 
 def _files(plan: Plan) -> Iterator[Path]:

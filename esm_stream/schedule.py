@@ -14,14 +14,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from esm_stream import stopping
 from esm_stream.allocation import return_freed_memory
 from esm_stream.errors import (
+    BudgetError,
     EsmStreamError,
+    InputError,
     ManifestError,
     StopRequestedError,
     TaskError,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from esm_stream.stages.context import Context, TaskResult
 
 Report = Callable[[str, float], None]
+INPUTS_SHOWN: Final = 4
 MEMORY: Final = "MEMORY"
 SCHEDULERS: Final = ("local", "sync", "threads")
 
@@ -52,6 +56,7 @@ def run_task(plan_path: str, key: str, *after: object, following: str = "") -> f
         EsmStreamError: The task found a mistake in its input, or was asked to stop.
         TaskError: It failed otherwise.
     """
+    from esm_stream.completion import let_go
     from esm_stream.space import storage_errors
     from esm_stream.stages.context import task_context
 
@@ -70,14 +75,88 @@ def run_task(plan_path: str, key: str, *after: object, following: str = "") -> f
                 result.values["bytes_read_experts"] = read["experts"]
             seconds = time.perf_counter() - started
             plan.directory.finish(key, task.fingerprint, result.outputs, result.values, seconds)
-            _drop_consumed_states(plan, task)
+            let_go(plan, task)
     except EsmStreamError:
         raise
     except MemoryError as error:
         raise TaskError(f"task '{key}' ran out of memory; lower [run] parallel") from error
     except Exception as error:
-        raise TaskError(f"task '{key}' failed: {type(error).__name__}: {error}") from error
+        what = f"task '{key}' failed: {type(error).__name__}: {error}"
+        raise TaskError(f"{what} (it reads {_inputs_of(task)})") from error
     return seconds
+
+
+def _inputs_of(task: Task) -> str:
+    """What a task reads, in a few words."""
+    names = [*task.reads, *task.after][:INPUTS_SHOWN]
+    more = len(task.reads) + len(task.after) - len(names)
+    of = f' of expert "{task.expert}"' if task.expert else ""
+    return f"{', '.join(names) or 'nothing'}{f' and {more} more' if more else ''}{of}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What became of a task when the run goes on without it: its error, or a task before it."""
+
+    key: str
+    error: EsmStreamError | None
+
+
+def attempt_task(
+    plan_path: str, key: str, *after: object, following: str = ""
+) -> "float | Failure":
+    """`run_task`, but a failure is an answer; what comes after it is not tried.
+
+    Raises:
+        StopRequestedError: The run was asked to stop.
+        BudgetError: A disk is full, which no other task would fare better with.
+    """
+    plan = _plan_at(Path(plan_path))
+    needed = set(plan.parents(plan.tasks[key]))
+    for before in after:
+        if isinstance(before, Failure) and before.key in needed:
+            return Failure(key, None)
+    try:
+        return run_task(plan_path, key, following=following)
+    except (StopRequestedError, BudgetError):
+        raise
+    except EsmStreamError as error:
+        return Failure(key, error)
+
+
+class _Outcomes:
+    """Reports what is done; of what failed it makes one error at the end."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.failures: dict[str, Failure] = {}
+
+    def add(self, key: str, outcome: "float | Failure") -> None:
+        """Take the outcome of a task."""
+        if isinstance(outcome, Failure):
+            self.failures[key] = outcome
+        else:
+            self._report(key, outcome)
+
+    def require_none_failed(self) -> None:
+        """Raise what failed.
+
+        Raises:
+            EsmStreamError: The only failure, with the number of tasks that wait for it.
+            TaskError: All of several.
+        """
+        errors = [f.error for f in self.failures.values() if f.error is not None]
+        if not errors:
+            return
+        waiting = len(self.failures) - len(errors)
+        lines = [str(error) for error in errors]
+        left = f"{waiting} tasks that need their results were not tried; all others are done"
+        if len(errors) == 1 and isinstance(errors[0], InputError):
+            raise InputError([*errors[0].problems, left])
+        kinds = {type(error) for error in errors}
+        raise (kinds.pop() if len(kinds) == 1 and InputError not in kinds else TaskError)(
+            "\n".join([*lines, left])
+        ) from errors[0]
 
 
 def _plan_at(path: Path) -> Plan:
@@ -113,14 +192,6 @@ def _body(stage: Stage) -> "Callable[[Context], TaskResult]":
     return bodies[stage]
 
 
-def _drop_consumed_states(plan: Plan, task: Task) -> None:
-    """A hidden state is only needed until the last task that reads it is done."""
-    for key in task.states:
-        if plan.readers_of_state[key][-1] == task.key:
-            for path in plan.states_of(plan.tasks[key]):
-                path.unlink(missing_ok=True)
-
-
 def require_scheduler(name: str) -> None:
     """Refuse a scheduler that cannot be one, before any work.
 
@@ -134,7 +205,15 @@ def require_scheduler(name: str) -> None:
         )
 
 
-def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report: Report) -> None:
+def run_tasks(
+    plan: Plan,
+    keys: list[str],
+    scheduler: str,
+    parallel: int,
+    report: Report,
+    *,
+    keep_going: bool = False,
+) -> None:
     """Run the given tasks, each after those it depends on, and report each when it is done.
 
     Args:
@@ -143,37 +222,51 @@ def run_tasks(plan: Plan, keys: list[str], scheduler: str, parallel: int, report
         scheduler: "local", "sync", "threads", a scheduler's address, or a scheduler file.
         parallel: Tasks at once in this process.
         report: Called with key and seconds, in this process.
+        keep_going: After a failure run everything that does not need its result.
 
     Raises:
-        EsmStreamError: The first failure; tasks that were running are finished first.
+        EsmStreamError: The first failure, or all of them with `keep_going`; tasks that were
+            running are finished first.
     """
     if not keys:
         return
-    path = str(plan.directory.plan)
+    outcomes = _Outcomes(report)
+    run = attempt_task if keep_going else run_task
     if scheduler == "sync" or (scheduler == "local" and parallel == 1):
-        for key, following in zip(keys, [*keys[1:], ""], strict=True):
-            report(key, run_task(path, key, following=following))
-        return
-    chosen = set(keys)
+        _run_here(plan, keys, run, outcomes)
+    elif scheduler == "threads":
+        _run_threaded(plan, _graph(plan, keys, run), parallel, outcomes)
+    elif scheduler == "local":
+        with _local_client(plan.memory, parallel) as client:
+            _run_distributed(plan, _graph(plan, keys, run), client, outcomes)
+    else:
+        with _remote_client(scheduler) as client:
+            _run_distributed(plan, _graph(plan, keys, run), client, outcomes)
+    outcomes.require_none_failed()
+
+
+def _run_here(plan: Plan, keys: list[str], run: Callable[..., Any], outcomes: _Outcomes) -> None:
+    """Task after task, in this thread."""
+    path = str(plan.directory.plan)
+    for key, following in zip(keys, [*keys[1:], ""], strict=True):
+        before = (outcomes.failures.get(k) for k in plan.tasks[key].after)
+        outcomes.add(key, run(path, key, *before, following=following))
+
+
+def _graph(plan: Plan, keys: list[str], run: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """The tasks as a graph of Dask."""
+    path, chosen = str(plan.directory.plan), set(keys)
     # Nodes of two runs on one cluster must not be taken for each other.
-    run = uuid.uuid4().hex
-    graph = {
-        f"{run}:{key}": (
-            run_task,
+    name = uuid.uuid4().hex
+    return {
+        f"{name}:{key}": (
+            run,
             path,
             key,
-            *(f"{run}:{k}" for k in plan.tasks[key].after if k in chosen),
+            *(f"{name}:{k}" for k in plan.tasks[key].after if k in chosen),
         )
         for key in keys
     }
-    if scheduler == "threads":
-        _run_threaded(plan, graph, parallel, report)
-    elif scheduler == "local":
-        with _local_client(plan.memory, parallel) as client:
-            _run_distributed(plan, graph, client, report)
-    else:
-        with _remote_client(scheduler) as client:
-            _run_distributed(plan, graph, client, report)
 
 
 def with_threads(plan: Plan, scheduler: str, parallel: int) -> Plan:
@@ -214,7 +307,7 @@ def _threads_of(plan: Plan) -> Iterator[None]:
 
 
 def _run_threaded(
-    plan: Plan, graph: Mapping[str, tuple[Any, ...]], parallel: int, report: Report
+    plan: Plan, graph: Mapping[str, tuple[Any, ...]], parallel: int, outcomes: _Outcomes
 ) -> None:
     """Dask's threaded scheduler."""
     from dask.callbacks import Callback
@@ -222,14 +315,14 @@ def _run_threaded(
 
     gate = _Gate(plan.memory)
 
-    def admitted(path: str, key: str, *after: object) -> float:
+    def admitted(run: Callable[..., Any], path: str, key: str, *after: object) -> Any:  # noqa: ANN401
         with gate.admit(plan.tasks[key].peak_bytes):
-            return run_task(path, key, *after)
+            return run(path, key, *after)
 
-    def done(node: str, seconds: float, *_: object) -> None:
-        report(_key(node), seconds)
+    def done(node: str, outcome: Any, *_: object) -> None:  # noqa: ANN401
+        outcomes.add(_key(node), outcome)
 
-    waiting = {node: (admitted, *call[1:]) for node, call in graph.items()}
+    waiting = {node: (partial(admitted, call[0]), *call[1:]) for node, call in graph.items()}
     with Callback(posttask=done):
         get(waiting, list(waiting), num_workers=parallel)
 
@@ -333,7 +426,7 @@ def _run_distributed(
     plan: Plan,
     graph: Mapping[str, tuple[Any, ...]],
     client: Any,  # noqa: ANN401 - distributed has no types
-    report: Report,
+    outcomes: _Outcomes,
 ) -> None:
     """Hand the graph to a scheduler and follow its futures."""
     from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
@@ -354,7 +447,7 @@ def _run_distributed(
     try:
         for future in waiting:
             if future.status == "finished":
-                report(_key(future.key), future.result())
+                outcomes.add(_key(future.key), future.result())
             elif failure is None and future.status == "error":
                 failure = future.exception()
                 stopping.request()

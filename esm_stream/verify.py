@@ -7,6 +7,7 @@ Nothing is changed here. Every file is read once; peak 4 MiB beside the headers.
 """
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -196,8 +197,8 @@ def _head(path: Path, size: int) -> bytes:
 def _verify_output(root: Path) -> Verified:
     try:
         complete = json.loads(unsealed((root / COMPLETE).read_bytes()))
-        _require_plain([*complete["shards"], *complete["files"]])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        _require_form(complete)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problem = f"{root / COMPLETE}: damaged, or of another version of esm-stream"
         return Verified(1, 0, (Damage("finish", problem),), 0, _repair_of(root))
     problems: list[str] = []
@@ -213,15 +214,22 @@ def _verify_output(root: Path) -> Verified:
     return Verified(len(names), sum(sizes), damages, 0, _repair_of(root))
 
 
-def _require_plain(names: list[str]) -> None:
-    """Refuse names that lead out of the directory.
+def _require_form(complete: dict[str, Any]) -> None:
+    """Refuse what the finish stage does not write, such as names that lead out of the directory.
 
     Raises:
-        ValueError: One does.
+        ValueError, KeyError, TypeError, AttributeError: It is something else.
     """
-    for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(f"'{name}' is not the name of a file in the directory")
+    hashes = [entry[HASHES] for entry in complete["files"].values()]
+    for entry in complete["shards"].values():
+        hashes += [entry["header_sha256"], *entry[HASHES].values()]
+    sizes = [e["size"] for kind in ("shards", "files") for e in complete[kind].values()]
+    names = [*complete["shards"], *complete["files"]]
+    plain = all(name not in ("", ".", "..") and Path(name).name == name for name in names)
+    short = all(len(os.fsencode(name)) < 256 and "\0" not in name for name in names)
+    typed = all(type(size) is int for size in sizes) and all(type(h) is str for h in hashes)
+    if not (plain and short and typed):
+        raise ValueError("not what the finish stage writes")
 
 
 def _repair_of(root: Path) -> str:

@@ -7,6 +7,7 @@ import typer
 from esm_stream import __version__
 from esm_stream_cli import (
     calibrate,
+    clean,
     demo,
     imports,
     merge,
@@ -35,6 +36,7 @@ app.command("merge")(merge.merge)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("status")(status.status)
+app.command("clean")(clean.clean)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("schema")(schema.schema)

@@ -8,6 +8,7 @@ from esm_stream_cli.overrides import (
     Device,
     Forward,
     JsonEvents,
+    KeepGoing,
     ManifestPath,
     Memory,
     Parallel,
@@ -33,6 +34,7 @@ def calibrate(
     restart: Restart = False,
     verify: Verify = False,
     verify_inputs: VerifyInputs = False,
+    keep_going: KeepGoing = False,
     quiet: Quiet = False,
     as_json: JsonEvents = False,
 ) -> None:
@@ -51,6 +53,7 @@ def calibrate(
             restart=restart,
             verify=verify,
             verify_inputs=verify_inputs,
+            keep_going=keep_going,
             quiet=quiet,
             as_json=as_json,
         )

@@ -16,6 +16,7 @@ from esm_stream_cli.overrides import (
     Device,
     Forward,
     JsonEvents,
+    KeepGoing,
     ManifestPath,
     Memory,
     Parallel,
@@ -47,6 +48,7 @@ def merge(
     restart: Restart = False,
     verify: Verify = False,
     verify_inputs: VerifyInputs = False,
+    keep_going: KeepGoing = False,
     quiet: Quiet = False,
     as_json: JsonEvents = False,
 ) -> None:
@@ -63,6 +65,7 @@ def merge(
             restart=restart,
             verify=verify,
             verify_inputs=verify_inputs,
+            keep_going=keep_going,
             quiet=quiet,
             as_json=as_json,
         )
@@ -81,6 +84,7 @@ def run(
     restart: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    keep_going: bool = False,
     quiet: bool = False,
     as_json: bool = False,
 ) -> "Outcome":
@@ -101,6 +105,7 @@ def run(
             restart=restart,
             verify=verify,
             verify_inputs=verify_inputs,
+            keep_going=keep_going,
             listener=listener,
         )
 

@@ -52,6 +52,13 @@ VerifyInputs = Annotated[
         help="Read all inputs first; refuse contents that changed since the last such run.",
     ),
 ]
+KeepGoing = Annotated[
+    bool,
+    typer.Option(
+        "--keep-going",
+        help="When a task fails, run all that does not need its result before giving up.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 JsonEvents = Annotated[
     bool, typer.Option("--json", help="Print events as JSON lines on standard output.")

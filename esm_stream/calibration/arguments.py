@@ -173,13 +173,19 @@ def _decode(file: Any, node: dict[str, Any]) -> Any:  # noqa: ANN401 - one case 
         return Call(args, kwargs)
     if "dict" in node:
         items = {key: _decode(file, value) for key, value in node["dict"].items()}
-        known = getattr(modeling_outputs, node["output"]) if "output" in node else dict
-        return known(**items)
+        return _output_type(node["output"])(**items) if "output" in node else items
     if "tuple" in node:
         return tuple(_decode(file, item) for item in node["tuple"])
     if "list" in node:
         return [_decode(file, item) for item in node["list"]]
     return HIDDEN if "hidden" in node else node["value"]
+
+
+def _output_type(name: str) -> type[ModelOutput]:
+    known = getattr(modeling_outputs, name)
+    if not (isinstance(known, type) and issubclass(known, ModelOutput)):
+        raise ValueError(f"{name} is no output of a model")
+    return known
 
 
 def save_batches(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:

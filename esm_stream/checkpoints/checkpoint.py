@@ -24,6 +24,7 @@ from esm_stream.errors import InputError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+MAX_NAME_BYTES = 255  # of a file, on the file systems there are
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -152,6 +153,7 @@ def _is_plain(file_name: object) -> bool:
         and file_name not in {"", ".", ".."}
         and not any(mark in file_name for mark in "/\\\0")
         and file_name.isprintable()
+        and len(file_name.encode()) <= MAX_NAME_BYTES
     )
 
 

@@ -2,7 +2,7 @@
 
 From:  the first kilobytes of a shard; no tensor is touched.
 To:    checkpoint.py (what a model holds), reader.py (where it lies), write/shards.py (same format).
-Peak:  a few hundred bytes per tensor. A hostile header is at most 100 MB of JSON, parsed once.
+Peak:  a few hundred bytes per tensor. A hostile header is at most 25 MB of JSON, parsed once.
 
 The format: 8 bytes little-endian length, that many bytes of JSON, then the data of all tensors,
 each at its `data_offsets` and together covering the rest of the file exactly.
@@ -23,7 +23,8 @@ from typing import Any
 from esm_stream.errors import InputError
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
+# 200 000 tensors with names of 50 letters; files of the largest models hold a few thousand.
+MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 2**63 - 1
 MAX_PROBLEMS = 20

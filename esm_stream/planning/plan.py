@@ -297,6 +297,33 @@ class Plan:
                 found[key].append(task.key)
         return found
 
+    def parents(self, task: Task) -> list[str]:
+        """Tasks whose results a task needs; forwards of other experts only come before it."""
+        alone = task.stage == "forward"
+        return [k for k in task.after if not alone or self.tasks[k].expert == task.expert]
+
+    @cached_property
+    def product_readers(self) -> dict[str, list[str]]:
+        """The tasks that read what a task keeps in the work directory: all but passing states."""
+        found: dict[str, list[str]] = {key: [] for key in self.tasks}
+        for task in self.tasks.values():
+            for key in self.products_read(task):
+                found[key].append(task.key)
+        return found
+
+    def products_read(self, task: Task) -> tuple[str, ...]:
+        """The tasks whose products a task reads."""
+        if task.stage == "finish":
+            return ()  # it reads markers
+        if task.stage == "walk":
+            return (*task.after, *(drawn.key for drawn in self.of_stage("inputs")))
+        if task.stage not in ("stem", "forward"):
+            return task.after
+        assert self.forward is not None
+        in_chain = self.forward.mode == "chain" and task.stage == "forward"
+        stage = "stem" if in_chain and task.subject != OUTSIDE else "inputs"
+        return (f"{stage}/{task.expert}",)
+
     def of_stage(self, stage: Stage) -> list[Task]:
         """Tasks of one stage, in order."""
         return [task for task in self.tasks.values() if task.stage == stage]

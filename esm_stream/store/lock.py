@@ -20,7 +20,7 @@ def locked(root: Path) -> Generator[None]:
         LockedError: Another live process holds it; says which, where and since when.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

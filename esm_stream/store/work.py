@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
+import xxhash
+
 from esm_stream.errors import DataError
 from esm_stream.store.files import (
     REPAIR,
@@ -28,6 +30,7 @@ from esm_stream.store.files import (
 SCHEMA: Final = 1
 OWN_FOLDERS: Final = ("inputs", "hidden", "factors.zarr", "sums", "statistics", "done")
 OWN_NAMES: Final = {"lock", "plan.json", "inputs.json", "events.jsonl", *OWN_FOLDERS}
+_LONGEST: Final = 160
 _SAFE: Final = "{},*=+@"
 
 
@@ -37,8 +40,13 @@ def in_merged(expert: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A tensor or role name as one path component."""
-    return quote(name, safe=_SAFE)
+    """A tensor or role name as one path component: never "..", never too long for a file."""
+    quoted = quote(name, safe=_SAFE)
+    if not quoted.strip("."):
+        return quoted.replace(".", "%2E")
+    if len(quoted) > _LONGEST:
+        return f"{quoted[:_LONGEST]}~{xxhash.xxh3_128_hexdigest(name.encode())}"
+    return quoted
 
 
 @dataclass(frozen=True, slots=True)

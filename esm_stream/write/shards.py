@@ -148,7 +148,8 @@ def _paths(directory: Path, layout: ShardLayout) -> tuple[Path, Path]:
 
 
 def _fits(path: Path, layout: ShardLayout) -> bool:
-    if not path.is_file() or path.stat().st_size != layout.file_size:
+    # A link would lead what is written to another place.
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != layout.file_size:
         return False
     with path.open("rb") as file:
         return file.read(len(layout.header)) == layout.header
@@ -196,7 +197,7 @@ class ShardWriter:
         self._hashes: dict[str, _Hash] = {}
 
     def __enter__(self) -> Self:
-        self._descriptor = os.open(self._path, os.O_WRONLY)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW)
         return self
 
     def __exit__(

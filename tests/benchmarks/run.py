@@ -2,7 +2,6 @@
 
     python tests/benchmarks/run.py plan                    # 70B x 8, header-only files
     python tests/benchmarks/run.py memory [--keep DIR]     # 0.3B Llama, 4 experts, 2 GiB
-    python tests/benchmarks/run.py kills [--count 10]      # SIGKILL at random moments
     python tests/benchmarks/run.py forward [--keep DIR] [--device cuda]   # 0.8B Llama, streamed
     python tests/benchmarks/run.py glyphs                  # accuracy, needs the glyph benchmark
 
@@ -10,16 +9,12 @@ The glyph benchmark's directory is ESM_GLYPHS, by default ../shared/glyphs.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -34,10 +29,10 @@ MIB = 1 << 20
 CLI = str(Path(sys.executable).with_name("esm-stream"))
 
 
-def write_result(name: str, title: str, lines: list[str]) -> None:
+def write_result(name: str, title: str, lines: list[str], command: str = "") -> None:
     """One page: title, date, machine, command, then the lines."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = f"python tests/benchmarks/run.py {name}"
+    command = command or f"python tests/benchmarks/run.py {name}"
     head = [
         f"# {title}",
         "",
@@ -134,49 +129,10 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def bench_kills(count: int, seed: int = 0) -> None:
-    """SIGKILL a merge at random moments, go on each time, and compare the bytes at the end."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        manifest = make_llama(folder, experts=4, memory="1GiB", layers=6, hidden=256)
-        started = time.monotonic()
-        subprocess.run([CLI, "merge", "-q", str(manifest)], check=True)
-        whole = time.monotonic() - started
-        wanted = hashes(folder / "merged")
-        lines = [
-            f"Uninterrupted: {whole:.1f} s. Each row: a merge from nothing, killed at a moment "
-            f"drawn uniformly over that time (seed {seed}), then the same command again.",
-            "",
-            "| kill | after s | tasks done | same bytes |",
-            "|---|---|---|---|",
-        ]
-        lost = 0
-        for number in range(count):
-            reset(folder)
-            after = rng.uniform(0.5, whole)
-            process = subprocess.Popen([CLI, "merge", "-q", str(manifest)], start_new_session=True)
-            time.sleep(after)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            done = len(list((folder / "merged.work" / "done").rglob("*.json")))
-            subprocess.run([CLI, "merge", "-q", str(manifest)], check=True)
-            same = hashes(folder / "merged") == wanted
-            lost += not same
-            lines.append(f"| {number + 1} | {after:.1f} | {done} | {'yes' if same else '**no**'} |")
-        lines += ["", f"{count} kills, {lost} losses."]
-    write_result("kills", "Killed at random moments, resumed to the same bytes", lines)
-
-
 def reset(folder: Path) -> None:
     """Remove output and work directory."""
     for path in (folder / "merged", folder / "merged.work"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a merged model."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 FORWARDS = ("plain nothing", "streamed nothing", "plain moments", "streamed moments")
@@ -316,9 +272,8 @@ def glyph_manifest(folder: Path, tasks: list[str], alpha: float, options: str) -
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["plan", "memory", "kills", "forward", "glyphs"])
+    parser.add_argument("what", choices=["plan", "memory", "forward", "glyphs"])
     parser.add_argument("--keep", type=Path, help="directory of the models, made if missing")
-    parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moments", type=int, default=1, help="rounds with moments")
     parser.add_argument("--device", default="cpu", help="of the forward: cpu or cuda")
@@ -327,8 +282,6 @@ def main() -> None:
         bench_plan()
     elif args.what == "memory":
         bench_memory(args.keep)
-    elif args.what == "kills":
-        bench_kills(args.count)
     elif args.what == "forward":
         bench_forward(args.keep, args.rounds, args.moments, args.device)
     else:

@@ -409,6 +409,9 @@ def test_plan_as_json_is_what_merge_then_does(manifest: Path, tmp_path: Path) ->
     assert esm_stream("merge", manifest, "--scheduler", "sync").exit_code == 0
     merged = json.loads((tmp_path / "merged.work/plan.json").read_bytes())
     assert {"xxh3_128", *plan} == set(merged)
+    # How many threads a task gets is fixed when the work directory is begun.
+    assert merged["manifest"]["run"].pop("threads") >= 1
+    assert plan["manifest"]["run"].pop("threads") is None
     assert plan == {key: merged[key] for key in plan}
     done = tmp_path / "merged.work/done"
     read = {}

@@ -7,7 +7,6 @@ not failed yet fails, so that all of them fail once (see faults.py).
 
 import random
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,6 @@ from typing import Any
 
 import pytest
 from conftest import MakeZoo, merge_here
-from models import write_manifest
-from test_integrity import TIES
-from test_merge import digests
-from test_resume import MERGE, Log
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import (
     IO_ERROR,
     NO_SPACE,
@@ -33,6 +26,10 @@ from faults import (
     tree_of,
     watched,
 )
+from models import write_manifest
+from test_integrity import TIES
+from test_merge import digests
+from test_resume import MERGE, Log
 
 from esm_stream import stopping
 from esm_stream.errors import BudgetError, EsmStreamError, StopRequestedError

@@ -67,6 +67,15 @@ def test_markers_lie_inside_the_work_directory(directory: WorkDirectory) -> None
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30))
 def test_a_name_is_one_path_component(name: str) -> None:
     assert "/" not in file_name(name)
+    assert file_name(name) not in (".", "..")
+
+
+def test_names_of_any_length_give_files_of_their_own() -> None:
+    names = ["x" * 159, "x" * 160, *(f"{'x' * 200}{i}" for i in range(3)), "é" * 300, "..", "."]
+    found = [file_name(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(len(f"{name}.safetensors") < 255 for name in found)
+    assert {"..", "."}.isdisjoint(found)
 
 
 def reseal(document: dict[str, object]) -> str:
