@@ -77,10 +77,10 @@ class Esm:
         options, profile = self.options, self.profile
         if step == "factor":
             return options.model_dump(include=_FACTOR_OPTIONS)
-        levels = sorted(set(profile.levels) - {"layer"})
+        levels = [level for level in ("dimension", "task") if level in profile.levels]
         return {
             "levels": levels,
-            "exponent": profile.exponent if levels else None,
+            "exponents": [profile.exponent_of(level) for level in levels],
             "variant": profile.variant if levels else None,
             "task_norm": profile.task_norm if "task" in levels else None,
             "eigenvalue_exponent": profile.eigenvalue_exponent,
@@ -130,7 +130,8 @@ class Esm:
         stack = Stack([one.basis_OK for one in factors], weights)
         stacked_RI = stack_coordinates(factors, weights, self._task_factors(factors), shape[1])
         if "dimension" in self.profile.levels:
-            stacked_RI *= column_factors(stacked_RI, self.profile.exponent, self.profile.variant)
+            exponent = self.profile.exponent_of("dimension")
+            stacked_RI *= column_factors(stacked_RI, exponent, self.profile.variant)
         dtype = factors[0].coordinates_KI.dtype
         if self.options.strict_official:
             return self._combine_completely(factors, stack, stacked_RI, dtype)
@@ -164,7 +165,7 @@ class Esm:
         norms = [one.norm for one in factors]
         if profile.task_norm == "truncated":
             norms = [frobenius_norm(one.coordinates_KI) for one in factors]
-        return task_factors(norms, profile.exponent, profile.variant)
+        return task_factors(norms, profile.exponent_of("task"), profile.variant)
 
 
 def kept_spectrum(one: Factors) -> Tensor:

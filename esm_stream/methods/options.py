@@ -63,6 +63,15 @@ class EsmOptions(MethodOptions):
     exponent: NonNegativeFloat | None = Field(
         None, description="Power q of every level of polarised scaling."
     )
+    task_exponent: NonNegativeFloat | None = Field(
+        None, description="Power q of the task level, instead of that of every level."
+    )
+    dimension_exponent: NonNegativeFloat | None = Field(
+        None, description="Power q of the dimension level, instead of that of every level."
+    )
+    layer_exponent: NonNegativeFloat | None = Field(
+        None, description="Power q of the layer level, instead of that of every level."
+    )
     variant: Variant | None = Field(
         None,
         description='Factors of the levels as they are ("both"), their inverses ("reverse"), those '

@@ -27,7 +27,8 @@ class Profile:
     Attributes:
         eigenvalue_exponent: Power p of the eigenvalue weights; 0 switches them off.
         levels: Levels of polarised scaling that are on.
-        exponent: Power q of every level.
+        exponent: Power q of every level that has none of its own.
+        task_exponent, dimension_exponent, layer_exponent: Power q of one level.
         variant: What the levels do with their factors (scaling/).
         task_norm: Norm behind the task level, of all coordinates or of the K kept.
         factor: Constant c in front of the merged update.
@@ -42,6 +43,9 @@ class Profile:
     eigenvalue_exponent: float = 0.15
     levels: tuple[Level, ...] = ("task", "dimension", "layer")
     exponent: float = 2.0
+    task_exponent: float | None = None
+    dimension_exponent: float | None = None
+    layer_exponent: float | None = None
     variant: Variant = "both"
     task_norm: TaskNorm = "full"
     factor: float = 1.0
@@ -51,6 +55,15 @@ class Profile:
     other_mean_singular_factor: bool = False
     alpha_on: AlphaOn = "targets"
     copy_from_base: tuple[str, ...] = ()
+
+    def exponent_of(self, level: Level) -> float:
+        """Power q of a level."""
+        own = {
+            "task": self.task_exponent,
+            "dimension": self.dimension_exponent,
+            "layer": self.layer_exponent,
+        }[level]
+        return self.exponent if own is None else own
 
 
 _JOURNAL_VISION = Profile(targets=("q", "k", "v", "qkv", "up"))

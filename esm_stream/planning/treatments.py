@@ -127,7 +127,7 @@ class Treatments:
                 "merge.post.layers: the method's profile scales layers already; remove one of "
                 'them, or leave "layer" out of levels in [merge.options]'
             )
-        return profile.exponent, profile.variant
+        return profile.exponent_of("layer"), profile.variant
 
     def _method(self, choice: MethodChoice) -> AnyMethod:
         return create(choice.name, choice.options, choice.modality)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from esm_stream.errors import ManifestError
 from esm_stream.methods import available, create, options_model
@@ -78,6 +79,9 @@ def test_without_options_the_journal_profile_holds() -> None:
         ("eigenvalue_exponent", 0.0),
         ("levels", ()),
         ("exponent", 1.5),
+        ("task_exponent", 1.5),
+        ("dimension_exponent", 0.0),
+        ("layer_exponent", 3.0),
         ("task_norm", "truncated"),
         ("factor", 3.0),
         ("targets", ("o",)),
@@ -99,6 +103,27 @@ def test_every_field_of_a_profile_can_be_overridden(key: str, value: object) -> 
     field = "copy_from_base" if key == "copy" else key
     assert changed == {field}
     assert getattr(profile, field) == value
+
+
+def test_a_level_has_an_exponent_of_its_own_or_that_of_all() -> None:
+    options = EsmOptions(exponent=1.5, task_exponent=0.0)
+    profile = options.resolve("vision")
+    assert [profile.exponent_of(level) for level in ("task", "dimension", "layer")] == [0, 1.5, 1.5]
+
+
+def test_a_task_exponent_of_0_is_no_task_level() -> None:
+    random = torch.Generator().manual_seed(0)
+    shape = (6, 5)
+    updates = [(1 + t) * torch.randn(shape, generator=random) for t in range(3)]
+    with_level, without = (
+        create("esm", {"decomposition": "svd", **options}, "vision")
+        for options in ({"task_exponent": 0.0}, {"levels": ["dimension"]})
+    )
+    merged = [
+        m.combine([m.factor(u, None, 3) for u in updates], shape).update_OI
+        for m in (with_level, without)
+    ]
+    torch.testing.assert_close(*merged)
 
 
 def test_every_option_is_described() -> None:
@@ -146,6 +171,9 @@ def test_the_registry_makes_what_was_asked_for() -> None:
         ("esm", "levels", ["dimension", "layer"], {"combine"}),
         ("esm", "levels", ["dimension", "task"], set()),
         ("esm", "exponent", 1.0, {"combine"}),
+        ("esm", "dimension_exponent", 1.0, {"combine"}),
+        ("esm", "dimension_exponent", 2.0, set()),
+        ("esm", "layer_exponent", 1.0, set()),
         ("esm", "task_norm", "truncated", {"combine"}),
         ("esm", "factor", 2.0, {"combine"}),
         ("esm", "drop_tolerance", 1e-9, {"combine"}),
