@@ -115,13 +115,14 @@ def svd_flops(outputs: int, inputs: int) -> float:
     return 14.0 * outputs * inputs * min(outputs, inputs)
 
 
-def moment_bytes(kind: str, outputs: int, inputs: int) -> int:
-    """One running second moment, float64, with its rows in flight; of shifts with the update.
+def moment_bytes(kind: str, outputs: int, inputs: int, number: int = F64) -> int:
+    """One running second moment with its rows in flight; of shifts with the update.
 
-    As many rows as there are inputs are kept in float32 before a moment of inputs is begun.
+    As many rows as there are inputs are kept in float32 before a moment of inputs is begun, whose
+    numbers have `number` bytes.
     """
     if kind == "input":
-        return inputs**2 * (F64 + F32) + PANEL_ROWS * inputs * F64
+        return inputs**2 * (number + F32) + PANEL_ROWS * inputs * number
     rows = PANEL_ROWS * (inputs * F32 + outputs * (F32 + F64))
     return outputs**2 * F64 + rows + outputs * inputs * F32
 

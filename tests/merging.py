@@ -87,7 +87,7 @@ def merge_sums(
     sums: dict[Place, Tensor] = {}
     for update, moment in zip(updates, moments, strict=True):
         for place, panel in zip(places, method.term(update, moment), strict=False):
-            sums[place] = sums[place] + panel if place in sums else panel.clone()
+            sums[place] = sums[place] + panel if place in sums else panel.double()
 
     def read(place: Place) -> Tensor:
         zero = updates[0].new_zeros(place.stop - place.start, place.columns, dtype=torch.float64)

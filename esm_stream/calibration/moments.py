@@ -27,11 +27,15 @@ class InputMoment:
     Products and sum are float64: inputs may have directions without energy (a normalised layer has
     one), which must not show at the 1e-7 of the largest eigenvalue that float32 leaves there. As
     long as there are fewer tokens than inputs the tokens are kept, which takes less than G: one
-    expert of a mixture sees few. The sum is the same to the bit.
+    expert of a mixture sees few. The sum is the same to the bit. Where moments are added up over
+    experts and a ridge is added to them, float32 will do.
     """
 
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self._rows = _Rows(inputs, torch.float64, device)
+    def __init__(
+        self, inputs: int, device: torch.device, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self._dtype = dtype
+        self._rows = _Rows(inputs, dtype, device)
         self._waiting: list[Tensor] = []
         self._sum_II: Tensor | None = None
         self._tokens = 0
@@ -53,7 +57,7 @@ class InputMoment:
         """Add rows to the sum, which begins with the first."""
         if self._sum_II is None:
             columns, device = self._rows.columns, self._rows.device
-            self._sum_II = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+            self._sum_II = torch.zeros(columns, columns, dtype=self._dtype, device=device)
         for rows_NI in batches:
             for chunk_NI in self._rows.take(rows_NI):
                 add_gram(self._sum_II, chunk_NI)

@@ -215,7 +215,7 @@ class SpectralMethod(Method):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Uncentred second moment of what one expert's layer sees or changes, float64.
+    """Uncentred second moment of what one expert's layer sees or changes; float32 for sums alone.
 
     kind "input": G = sum of x^T x over tokens / tokens, shape (I, I), of the layer's inputs x.
     kind "shift": S = sum of o^T o over tokens / tokens, shape (O, O), of the shifts o = x D^T.
@@ -284,7 +284,7 @@ class SumMethod(Method):
         raise NotImplementedError
 
     def term(self, update_OI: Tensor, moment: Moment | None) -> Iterator[Tensor]:
-        """What one expert adds to the sums, float64, one panel for each place; none for a zero."""
+        """What one expert adds to the sums, one panel for each place; none for a zero update."""
         raise NotImplementedError
 
     def solve(self, sums: SumReader, shape: tuple[int, int]) -> Merged:

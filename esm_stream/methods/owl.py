@@ -30,8 +30,11 @@ from esm_stream.methods.profiles import Modality
 from esm_stream.subspace.band import Band
 from esm_stream.subspace.basis import frobenius_norm
 from esm_stream.subspace.cholesky import fit_ridge, lower_panels
-from esm_stream.subspace.gram import fill_upper, gram, row_panels
-from esm_stream.subspace.sizes import TILE, TILE_COLUMNS, is_banded
+from esm_stream.subspace.gram import add_gram, fill_upper, lower_tiles
+from esm_stream.subspace.sizes import PANEL_ROWS, TILE, TILE_COLUMNS, is_banded
+
+# Below this norm of an update its products are float64.
+_SMALL_NORM = 1e-8
 
 
 class OwlOptions(MethodOptions):
@@ -108,9 +111,9 @@ class Owl(SumMethod):
         """Of the symmetric sums the lower half, by panels that end at the diagonal."""
         outputs, inputs = shape
         return (
-            *(Place("K", start, stop, stop) for start, stop in _panels(inputs)),
-            *(Place("N", start, stop, inputs) for start, stop in _panels(outputs)),
-            *(Place("L", start, stop, stop) for start, stop in _panels(outputs)),
+            *(Place("K", start, stop, stop) for start, stop in lower_tiles(inputs)),
+            *(Place("N", start, stop, inputs) for start, stop in lower_tiles(outputs)),
+            *(Place("L", start, stop, stop) for start, stop in lower_tiles(outputs)),
             Place("W", 0, 1, 1),
         )
 
@@ -155,8 +158,8 @@ class Owl(SumMethod):
     def term_numbers(self, shape: tuple[int, int]) -> int:
         """Upper bound of the float64 numbers that `term` holds beside the moment."""
         outputs, inputs = shape
-        widest = TILE * max(outputs, inputs)
-        return outputs * inputs // 2 + inputs**2 + outputs**2 * (outputs < inputs) + 8 * widest
+        squares = inputs**2 + outputs**2 * (outputs < inputs)
+        return (outputs * inputs + squares) // 2 + 2 * PANEL_ROWS * max(outputs, inputs)
 
     def solve_numbers(self, shape: tuple[int, int]) -> int:
         """Upper bound of the float64 numbers that `solve` holds, the result in float32 included."""
@@ -172,46 +175,51 @@ class Owl(SumMethod):
 def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Iterator[Tensor]:
     """Panels of B_t, D_t B_t, D_t D_t^T / e_t and tr D_t B_t D_t^T, as in `Owl.places`.
 
+    Products are formed in the precision of the update, float32 at least: what it was rounded to
+    when it was stored is coarser. Of updates so small that their cubes are not float32 numbers, in
+    float64.
+
     Args:
         update_OI: Update D_t, any float dtype.
         moment_II: Uncentred second moment G_t of the layer's inputs in any unit; None for m = 0.
         share: m, the share of the inputs in the metric.
 
     Returns:
-        Float64 panels of at most TILE rows, of K and L the lower half; nothing for a zero update.
+        Panels of at most TILE rows, of K and L the lower half; nothing for a zero update.
     """
     outputs, inputs = update_OI.shape
-    energy = frobenius_norm(update_OI) ** 2
-    trace = 0.0 if moment_II is None else float(moment_II.trace())
+    norm = frobenius_norm(update_OI)
+    energy, trace = norm**2, 0.0 if moment_II is None else float(moment_II.trace())
     if energy == 0:
         return
-    metric_II = gram(row_panels(update_OI), inputs)
-    assert metric_II is not None
+    wide = update_OI.dtype == torch.float64 or norm < _SMALL_NORM
+    update_OI = update_OI.to(torch.float64 if wide else torch.float32)
+    metric_II = update_OI.new_zeros(inputs, inputs)
+    for rows_MI in update_OI.split(PANEL_ROWS):
+        add_gram(metric_II, rows_MI)
     # D B = (D D^T) D where that is the shorter way.
     product_OO = None
     if moment_II is not None and trace > 0:
-        for start, stop in _panels(inputs):
+        for start, stop in lower_tiles(inputs):
             part_MN = metric_II[start:stop, :stop].mul_(1 - share)
             part_MN.add_(moment_II[start:stop, :stop], alpha=share * energy / trace)
     elif outputs < inputs:
-        product_OO = torch.cat([_outer(update_OI, *rows, outputs) for rows in _panels(outputs)])
-    for start, stop in _panels(inputs):
-        yield metric_II[start:stop, :stop]
+        product_OO = update_OI @ update_OI.T
+    yield from lower_panels(metric_II)
     if product_OO is None:
         fill_upper(metric_II)
     responses = []
-    for start, stop in _panels(outputs):
-        rows_MI = update_OI[start:stop].double()
+    for start, stop in lower_tiles(outputs):
+        rows_MI = update_OI[start:stop]
+        target_MI = rows_MI @ metric_II if product_OO is None else product_OO[start:stop] @ update_OI
+        responses.append(float((target_MI * rows_MI).sum(dtype=torch.float64)))
+        yield target_MI
+    del metric_II, target_MI
+    for start, stop in lower_tiles(outputs):
         if product_OO is None:
-            part_MN = rows_MI @ metric_II
+            yield (update_OI[start:stop] @ update_OI[:stop].T).div_(energy)
         else:
-            part_MN = _times(product_OO[start:stop], update_OI)
-        responses.append(float((part_MN * rows_MI).sum()))
-        yield part_MN
-    del metric_II, part_MN
-    for start, stop in _panels(outputs):
-        whole_MN = product_OO[start:stop, :stop] if product_OO is not None else None
-        yield (_outer(update_OI, start, stop, stop) if whole_MN is None else whole_MN) / energy
+            yield product_OO[start:stop, :stop] / energy
     yield torch.tensor([[math.fsum(responses)]], dtype=torch.float64, device=update_OI.device)
 
 
@@ -240,26 +248,6 @@ def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Te
         for tile_OM in fit_OI.split(TILE_COLUMNS, dim=1):
             tile_OM.copy_(vectors_OO @ (factors_O1 * (vectors_OO.T @ tile_OM)))
     return fit_OI.mul_(norm / frobenius_norm(fit_OI))
-
-
-def _panels(side: int) -> Iterator[tuple[int, int]]:
-    """Rows start..stop of every panel."""
-    return ((start, min(start + TILE, side)) for start in range(0, side, TILE))
-
-
-def _outer(update_OI: Tensor, start: int, stop: int, columns: int) -> Tensor:
-    """Rows start..stop and the first columns of D D^T, float64."""
-    rows_MI = update_OI[start:stop].double()
-    tiles = [rows_MI @ tile_MI.double().T for tile_MI in update_OI[:columns].split(TILE)]
-    return torch.cat(tiles, dim=1)
-
-
-def _times(rows_MO: Tensor, update_OI: Tensor) -> Tensor:
-    """Rows times D, float64."""
-    result_MI = rows_MO.new_zeros(len(rows_MO), update_OI.shape[1])
-    for start, stop in _panels(len(update_OI)):
-        result_MI.addmm_(rows_MO[:, start:stop], update_OI[start:stop].double())
-    return result_MI
 
 
 def _effective_rank(sharing_OO: Tensor) -> float:

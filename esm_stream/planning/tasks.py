@@ -370,12 +370,13 @@ class TaskBuilder:
         stacks: dict[tuple[str, int], tuple[set[str], float]] = {}
         for m in matrices:
             kind, leader = str(m.moment), str(m.leader)
-            size = budget.moment_bytes(kind, m.outputs, m.inputs)
+            number = budget.F32 if m.summed and not m.walked else budget.F64
+            size = budget.moment_bytes(kind, m.outputs, m.inputs, number)
             if m.routed:
                 stack = stacks.setdefault((leader.partition("#")[0], m.inputs), (set(), m.routed))
                 stack[0].add(leader)
             elif kind == "input":
-                sizes[leader] = size
+                sizes[leader] = max(size, sizes.get(leader, 0))
             else:
                 sizes[f"{m.name} shift"] = size
         total = sum(sizes.values())

@@ -8,6 +8,7 @@ Peak:  moments of the distinct inputs, one matrix being factored.
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from esm_stream.calibration.moments import InputMoment, ShiftMoment
@@ -34,7 +35,9 @@ class Observation:
                 update = context.update(context.task.expert, matrix)
                 self._moments[key] = ShiftMoment(update)
             elif key not in self._moments:
-                self._moments[key] = InputMoment(matrix.inputs, context.device)
+                alone = all(m.summed for m in self._matrices if _moment_key(m) == key)
+                dtype = torch.float32 if alone else torch.float64
+                self._moments[key] = InputMoment(matrix.inputs, context.device, dtype)
             for seen in (str(matrix.leader), *matrix.also):
                 self._users.setdefault(seen, {})[key] = self._moments[key].add
 

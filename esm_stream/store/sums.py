@@ -143,7 +143,7 @@ class SumStore:
             places: Its panels.
             member: Fingerprint of what the term is made of.
             about: What to remember of the member.
-            term: Float64 panels, one for each place, or none for a zero.
+            term: Panels, one for each place, or none for a zero.
             wanted: All members that the sum is to have.
         """
         if member in self.members(matrix, wanted):
@@ -319,7 +319,7 @@ def _changed(
     if before is not None:
         total = regridded(before.integers(place), grid_of(sizes.values()), everything)
     if panel is not None and size is not None:
-        term, grid = integers(panel.cpu(), size)
+        term, grid = integers(panel.cpu().double(), size)
         total = added(total, regridded(term, grid, everything), sign)
     kept = {k: v for k, v in {**sizes, member: size}.items() if sign > 0 or k != member}
     return _Panel(place, regridded(total, everything, grid_of(kept.values())), kept)

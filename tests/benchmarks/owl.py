@@ -126,8 +126,8 @@ def cost(keep: Path, rounds: int) -> dict[str, list[Any]]:
 def more_experts(keep: Path) -> dict[str, list[Any]]:
     """Peaks above the imports at several numbers of experts."""
     base, found = import_base(), {}
-    for title in ("owl, expert", "owl, none", "esm"):
-        for count in (2, 8, 20):
+    for title in ("owl, expert", "owl, none"):
+        for count in (2, 20):
             with tempfile.TemporaryDirectory(dir=keep) as name:
                 folder = Path(name)
                 chosen = first(llama(keep), count)

@@ -51,7 +51,7 @@ def test_the_rational_inverse_root_is_as_exact_as_asked(
 
 
 @given(st.floats(-12, 0), st.floats(-3, 6), st.floats(0.01, 1))
-def test_the_rational_power_is_exact_to_nine_digits(
+def test_the_rational_power_is_exact_to_the_digits_of_float32(
     decades: float, scale: float, power: float
 ) -> None:
     high = 10.0**scale
@@ -62,7 +62,7 @@ def test_the_rational_power_is_exact_to_nine_digits(
     for step in range(101):
         x = low * (high / low) ** (step / 100)
         terms = [w / (x + c) for c, w in zip(shifts, weights, strict=True)]
-        assert abs(math.fsum(terms) * x**power - 1) <= 1e-9
+        assert abs(math.fsum(terms) * x**power - 1) <= 3e-7
         assert math.fsum(map(abs, terms)) * x**power <= 20
 
 
@@ -77,7 +77,7 @@ def test_powers_of_a_banded_form_are_those_of_its_eigenvectors(
     wanted_NQ = vectors_NN @ (values.pow(-power).unsqueeze(1) * (vectors_NN.T @ columns_NQ))
     band = Band(vectors_NN * values @ vectors_NN.T)
     band.inverse_power(columns_NQ, power, 10.0**decades)
-    assert relative(columns_NQ, wanted_NQ) <= 1e-8
+    assert relative(columns_NQ, wanted_NQ) <= 3e-7
 
 
 @settings(max_examples=30)
