@@ -211,7 +211,9 @@ def owl_term(update_OI: Tensor, moment_II: Tensor | None, share: float) -> Itera
     responses = []
     for start, stop in lower_tiles(outputs):
         rows_MI = update_OI[start:stop]
-        target_MI = rows_MI @ metric_II if product_OO is None else product_OO[start:stop] @ update_OI
+        target_MI = (
+            rows_MI @ metric_II if product_OO is None else product_OO[start:stop] @ update_OI
+        )
         responses.append(float((target_MI * rows_MI).sum(dtype=torch.float64)))
         yield target_MI
     del metric_II, target_MI
