@@ -31,10 +31,12 @@ from esm_stream.subspace.band import Band
 from esm_stream.subspace.basis import frobenius_norm
 from esm_stream.subspace.cholesky import fit_ridge, lower_panels
 from esm_stream.subspace.gram import add_gram, fill_upper, lower_tiles
-from esm_stream.subspace.sizes import PANEL_ROWS, TILE, TILE_COLUMNS, is_banded
+from esm_stream.subspace.sizes import PANEL_ROWS, TILE, is_banded
 
 # Below this norm of an update its products are float64.
 _SMALL_NORM = 1e-8
+# Columns that are whitened together.
+_COLUMNS = 256
 
 
 class OwlOptions(MethodOptions):
@@ -166,9 +168,9 @@ class Owl(SumMethod):
         outputs, inputs = shape
         reading = 4 * TILE * max(outputs, inputs)
         fitting = inputs * (inputs + TILE) // 2 + reading
-        tiles = 8 * outputs * TILE_COLUMNS
-        banded = outputs**2 + tiles + 64 * outputs * TILE_COLUMNS // 16
-        whitening = banded if is_banded(outputs, inputs) else 6 * outputs**2 + tiles // 4
+        tiles = 8 * outputs * _COLUMNS
+        banded = outputs**2 + 1024 * outputs
+        whitening = (banded if is_banded(outputs, inputs) else 6 * outputs**2) + tiles
         return outputs * inputs * 3 // 2 + max(fitting, whitening, reading)
 
 
@@ -243,11 +245,13 @@ def whitened(fit_OI: Tensor, sharing_OO: Tensor, power: float, eps: float) -> Te
     sharing_OO *= side / trace
     if is_banded(side, fit_OI.shape[1]):
         sharing_OO.diagonal().add_(eps)
-        Band(sharing_OO).inverse_power(fit_OI, power, eps)
+        band = Band(sharing_OO)
+        for tile_OM in fit_OI.split(_COLUMNS, dim=1):
+            band.inverse_power(tile_OM, power, eps)
     else:
         values_O, vectors_OO = torch.linalg.eigh(sharing_OO)
         factors_O1 = values_O.clamp_(min=0).add_(eps).pow_(-power).unsqueeze(1)
-        for tile_OM in fit_OI.split(TILE_COLUMNS, dim=1):
+        for tile_OM in fit_OI.split(_COLUMNS, dim=1):
             tile_OM.copy_(vectors_OO @ (factors_O1 * (vectors_OO.T @ tile_OM)))
     return fit_OI.mul_(norm / frobenius_norm(fit_OI))
 

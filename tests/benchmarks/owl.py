@@ -95,7 +95,7 @@ def accuracy() -> list[list[Any]]:
             for task in tasks
         }
         for title in ("owl, expert", "owl, none"):
-            for count in (8, 14, 20):
+            for count in (8, 20):
                 place = folder / f"{title}-{count}"
                 chosen = first(experts, count)
                 run(manifest(place, GLYPHS / "base", chosen, METHODS[title]))
