@@ -313,11 +313,11 @@ def _changed(
     if sign < 0 and sizes[member] != size:
         raise _OtherTermError
     everything = grid_of({**sizes, member: size}.values())
-    total = torch.zeros(
-        (everything.limbs, place.stop - place.start, place.columns), dtype=torch.int64
-    )
     if before is not None:
         total = regridded(before.integers(place), grid_of(sizes.values()), everything)
+    else:
+        shape = everything.limbs, place.stop - place.start, place.columns
+        total = torch.zeros(shape, dtype=torch.int64)
     if panel is not None and size is not None:
         term, grid = integers(panel.cpu().double(), size)
         total = added(total, regridded(term, grid, everything), sign)
