@@ -88,7 +88,7 @@ class Owl(SumMethod):
         data='samples (none with inputs = "none")',
         passes='1, and a forward pass (none with inputs = "none")',
         memory="one matrix and squares of its sides, whatever the number of experts",
-        when="the quality option: better and cheaper than ESM; experts that come and go",
+        when="the quality option; experts that come and go",
     )
 
     def __init__(self, options: OwlOptions) -> None:

@@ -213,7 +213,6 @@ def _accuracy_text(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cost_text(found: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    imports = found["imports"]
     rows = []
     for title in METHODS:
         runs = found[title]
@@ -225,9 +224,10 @@ def _cost_text(found: Mapping[str, Sequence[Sequence[float]]]) -> str:
         rows.append([title, seconds, f"{ratio:.2f}", f"{peak / MIB:.0f}", f"{peaks:.2f}"])
     head = ["", "CPU s", "of esm", "peak RssAnon above imports MiB", "of esm"]
     return (
-        f"{_table(head, rows)}\n\n{len(imports)} interleaved rounds; CPU seconds are those of the "
-        f"whole process, of which imports are {median(run[0] for run in imports):.1f}; ratios are "
-        "medians of the rounds' ratios."
+        f"{_table(head, rows)}\n\n{len(found['esm'])} interleaved rounds; CPU seconds are those of "
+        "the whole process, imports included; ratios are medians of the rounds' ratios. Imports "
+        "are all of those that a forward needs; without samples most of them do not happen. The "
+        "cores were shared with other work, which lengthens CPU seconds of all rows alike."
     )
 
 
