@@ -110,6 +110,9 @@ class PolarProduct:
         del right_RI, root_SS
         inner_RS.mul_(middle_R.unsqueeze(1))
         if self.left.is_factor:
+            # What float32 multiplies has to be a polar factor: a root is as large as 1 / s_min.
+            if outer_RI is not None:
+                inner_RS, outer_RI = inner_RS @ outer_RI, None
             rows: Iterable[Tensor] = row_panels(self.left.root(inner_RS))
         elif self._tall:
             inner_RS = self.left.root(inner_RS)

@@ -214,6 +214,24 @@ def test_a_product_of_nearly_singular_stacks_is_that_of_their_svds(
     assert relative(found, left @ (inner @ outer) @ right) < 1e-6
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 48), (48, 60), (60, 48), (48, 30)])
+def test_a_product_by_reflectors_is_exact_where_the_coordinates_are_nearly_singular(
+    outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esm_stream.subspace.product.is_reduced", lambda *_: True)
+    blocks = [orthonormal(outputs, 12, seed).float() for seed in range(4)]
+    weights = [torch.linspace(1.5, 0.5, 12, dtype=torch.float64)] * 4
+    values = torch.logspace(0, -5, min(48, inputs), dtype=torch.float64)
+    right_RI = orthonormal(48, len(values), 5) * values @ orthonormal(inputs, len(values), 6).T
+    product = PolarProduct(Stack(blocks, weights), right_RI.clone())
+    assert product.left.is_factor
+    found = product.update(torch.ones(48, dtype=torch.float64), torch.float64)
+    stacked = torch.cat([b.double() * w for b, w in zip(blocks, weights, strict=True)], dim=1)
+    left, _, inner = torch.linalg.svd(stacked, full_matrices=False)
+    outer, _, right = torch.linalg.svd(right_RI, full_matrices=False)
+    assert relative(found, left @ (inner @ outer) @ right) < 2e-5
+
+
 @pytest.mark.parametrize("twice", [False, True], ids=["distinct", "one expert twice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_stacks_give_what_their_svds_give(dtype: torch.dtype, *, twice: bool) -> None:
