@@ -64,9 +64,10 @@ class Karcher(GramMethod):
             for weight, unit_T in zip(weights_V.tolist(), units_VT, strict=True):
                 cosine = max(-1.0, min(1.0, span.inner(mean_T, unit_T)))
                 angle = math.acos(cosine)
-                if angle >= self.options.tolerance:
+                # Of opposite directions none is on the way from one to the other.
+                if self.options.tolerance <= angle <= math.pi - self.options.tolerance:
                     away_T = unit_T - cosine * mean_T
-                    tangent_T += weight * angle / max(math.sin(angle), 1e-12) * away_T
+                    tangent_T += weight * angle / math.sin(angle) * away_T
             length = span.norm(tangent_T)
             if length < self.options.tolerance:
                 break

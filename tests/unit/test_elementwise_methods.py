@@ -1,6 +1,7 @@
 """Worked examples and invariants of the elementwise methods (methods.md 3.1)."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -269,6 +270,14 @@ def test_slerp_worked_example() -> None:
 def test_slerp_interpolates_nearly_parallel_tensors_linearly() -> None:
     base, update = torch.ones(4), torch.tensor([0.01, 0, 0, 0])
     near(merge("slerp", [update, -update], base=base, options={"t": 0.25}), update / 2)
+
+
+@pytest.mark.parametrize("values", [(1.0, -2.0), (1.0, 3.0, -2.0), (-1.0, -3.0, 2.0, -6.0)])
+def test_karcher_mean_of_opposite_directions_is_that_of_most(values: tuple[float, ...]) -> None:
+    """Scalars have two directions alone; a tie goes to the first."""
+    found = float(merge("karcher", [torch.tensor(value) for value in values]))
+    sign = 1 if sum(math.copysign(1, value) for value in values) >= 0 else -1
+    assert found == pytest.approx(sign * sum(map(abs, values)) / len(values))
 
 
 @given(seed=st.integers(0, 100), share=st.floats(0.1, 0.9))
