@@ -8,6 +8,7 @@ part it plays in a transformer block, for example "q" or "down".
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Final, Literal
@@ -63,7 +64,10 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if not pattern.startswith("re:"):
         return re.compile(fnmatch.translate(pattern))
     try:
-        return re.compile(pattern.removeprefix("re:"))
+        with warnings.catch_warnings():
+            # What a later Python may read otherwise ("[[") is read as this one does.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.compile(pattern.removeprefix("re:"))
     except re.error as error:
         raise ManifestError(f"pattern '{pattern}' is not a regular expression: {error}") from error
 

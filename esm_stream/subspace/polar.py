@@ -33,6 +33,7 @@ _SMALLEST_SUMMED_SQUARE = 1e-13
 _SMALLEST_LIFT = 1e-10
 # Eigenvalues of the lifted matrix that are rounding: they belong to s of at most 1e-12 s_max.
 _NOTHING = 1e-14
+_SMALLEST_QUICK_SIDE = 512
 # Of a polar factor in float32. The product is promised to 1e-4.
 _LARGEST_ERROR = 2e-5
 
@@ -178,11 +179,13 @@ def banded_root(gram_NN: Tensor, panels: Panels, tolerance: float) -> PolarRoot:
     # A singular value s of A is s / sqrt(s^2 + d) of the product.
     cut = max(tolerance**2 / (tolerance**2 + square), _SMALLEST_SUMMED_SQUARE)
     dropped = second.form.count_below(cut)
-    # Directions that are missing altogether are rounding after the lift too, far below the cut.
-    faint = dropped > second.form.count_below(_NOTHING)
+    # Directions that are missing altogether are rounding after the lift too, far below the cut: to
+    # leave them out needs no projector, for an error of 1e-5. Small sides are cheap without that.
+    missing = bool(dropped) and dropped == second.form.count_below(_NOTHING)
+    quick = missing and side >= _SMALLEST_QUICK_SIDE
 
     def nearly_singular(columns_NQ: Tensor) -> Tensor:
-        if dropped and not faint:
+        if quick:
             second.inverse_root_above(columns_NQ, cut / 2)
         else:
             if dropped:

@@ -11,7 +11,7 @@ from models import Zoo
 from esm_stream.checkpoints.reader import TensorReader
 from esm_stream.errors import InputError
 from esm_stream.stages import transfer
-from esm_stream.stages.context import checkpoint_at, forget_checkpoints
+from esm_stream.stages.context import forget_checkpoints, stored_at
 from esm_stream.stages.transfer import BlockBuffers, Wanted
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_copied_blocks_merge_to_the_bytes_of_those_read_in_place(
 def test_what_was_taken_stays_while_the_next_is_filled(zoo: MakeZoo, buffers: BlockBuffers) -> None:
     small, large = ("model.norm.weight",), ("model.embed_tokens.weight", "model.norm.weight")
     source = zoo("llama")
-    with TensorReader(checkpoint_at(source.base)) as reader:
+    with TensorReader(stored_at(source.base, source.base)) as reader:
         for names, following in ((small, large), (large, small), (small, small)):
             loaded = buffers.take(_of(source, names))
             buffers.begin(_of(source, following))
@@ -81,7 +81,7 @@ def test_tensors_larger_than_the_staging_buffers_are_copied_in_pieces(
     monkeypatch.setattr(transfer, "STAGING_BYTES", 1000)
     buffers = BlockBuffers(CPU)
     name = "model.embed_tokens.weight"
-    with TensorReader(checkpoint_at(zoo("llama").base)) as reader:
+    with TensorReader(stored_at(zoo("llama").base, zoo("llama").base)) as reader:
         found = buffers.take(_of(zoo("llama"), (name,)))["", name]
         assert found.nbytes > 3000
         assert torch.equal(found, reader.tensor(name))
@@ -93,7 +93,7 @@ def test_a_file_that_changes_on_the_way_is_an_error_where_the_block_is_taken(
 ) -> None:
     source = zoo("llama").copy(tmp_path / "zoo")
     wanted = _of(source, ("model.norm.weight",))
-    checkpoint_at(source.base)
+    stored_at(source.base, source.base)
     for path in source.base.glob("*.safetensors"):
         path.write_bytes(path.read_bytes() + b"\0")
     buffers.begin(wanted)
