@@ -7,6 +7,7 @@ by the plan (a task over the budget is refused before the first one starts) and 
 Letters: T experts, O output features, I input features, K rank of one expert.
 """
 
+import math
 import re
 from typing import Final
 
@@ -61,7 +62,8 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = UNITS.get((match[2] or "B").upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
+    number = float(match[1]) * unit if match and unit else 0.0
+    size = int(number) if math.isfinite(number) else 0
     if size <= 0:
         raise ManifestError(f'\'{text}\' is not a size; write for example "8GiB" or "500MB"')
     return size

@@ -343,7 +343,7 @@ def load_manifest(path: Path) -> Manifest:
         raise ManifestError(f"{path}: there is no such manifest") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of numbers with thousands of digits
         raise ManifestError(f"{path}: not valid TOML: {error}") from error
     except RecursionError:
         raise ManifestError(f"{path}: not valid TOML: nested too deep") from None
