@@ -283,6 +283,10 @@ class SumMethod(Method):
         """The panels that the sums of a matrix of shape (O, I) consist of."""
         raise NotImplementedError
 
+    def sum_numbers(self, shape: tuple[int, int]) -> int:
+        """Numbers of the sums of a matrix of shape (O, I)."""
+        return sum((p.stop - p.start) * p.columns for p in self.places(shape))
+
     def term(self, update_OI: Tensor, moment: Moment | None) -> Iterator[Tensor]:
         """What one expert adds to the sums, one panel for each place; none for a zero update."""
         raise NotImplementedError

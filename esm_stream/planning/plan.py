@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import TypeAdapter
 
@@ -42,21 +42,7 @@ Stage = Literal[
     "seal",
     "finish",
 ]
-STAGES: Final[tuple[Stage, ...]] = (
-    "inputs",
-    "stem",
-    "forward",
-    "measure",
-    "total",
-    "merge",
-    "walk",
-    "scale",
-    "magnitudes",
-    "lines",
-    "write",
-    "seal",
-    "finish",
-)
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 CALIBRATION: Final[frozenset[Stage]] = frozenset({"inputs", "stem", "forward"})
 """Stages that many merges can start from: everything up to the factors of every expert."""
 

@@ -990,8 +990,7 @@ def _sums_numbers(m: Matrix) -> int:
     """Numbers of the sums of one matrix."""
     method = method_of(m.method)
     assert isinstance(method, SumMethod)
-    places = method.places((m.outputs, m.inputs))
-    return sum((p.stop - p.start) * p.columns for p in places)
+    return method.sum_numbers((m.outputs, m.inputs))
 
 
 def _term_bytes(method: SumMethod, m: Matrix) -> int:

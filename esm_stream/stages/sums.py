@@ -25,7 +25,7 @@ def add_observed(context: Context, matrix: Matrix, moment: Moment) -> dict[str, 
     expert = context.task.expert
     wanted = members(context.plan, matrix)
     update_OI = context.update(expert, matrix)
-    method = _method(matrix)
+    method = sum_method(matrix)
     _store(context.plan).add(
         matrix.name,
         method.places((matrix.outputs, matrix.inputs)),
@@ -41,7 +41,7 @@ def merged(context: Context, matrix: Matrix) -> Merged:
     """The merged update of a matrix, from the sum over all experts."""
     if not matrix.moment:
         _complete(context, matrix)
-    method, shape = _method(matrix), (matrix.outputs, matrix.inputs)
+    method, shape = sum_method(matrix), (matrix.outputs, matrix.inputs)
     sums = _store(context.plan).whole(matrix.name, members(context.plan, matrix))
     assert sums is not None
     return method.solve(lambda place: sums(place).to(context.device), shape)
@@ -76,7 +76,7 @@ def _complete(context: Context, matrix: Matrix) -> None:
         shorter = len(leaving) + len(joining) < len(wanted)
         if not shorter or not all(_take_out(context, matrix, m, held[m]) for m in leaving):
             store.forget(matrix.name)
-    method, shape = _method(matrix), (matrix.outputs, matrix.inputs)
+    method, shape = sum_method(matrix), (matrix.outputs, matrix.inputs)
     weights = dict(zip(context.plan.experts, matrix.method.weights, strict=True))
     for member, expert in wanted.items():
         check()
@@ -109,7 +109,9 @@ def _take_out(context: Context, matrix: Matrix, member: str, about: Mapping[str,
     check()
     context.add_model(str(root), root)
     update_OI = context.update(str(root), matrix).mul_(weight)
-    return _store(context.plan).remove(matrix.name, member, _method(matrix).term(update_OI, None))
+    return _store(context.plan).remove(
+        matrix.name, member, sum_method(matrix).term(update_OI, None)
+    )
 
 
 def _fingerprint(
@@ -124,12 +126,13 @@ def _fingerprint(
         weight,
         [(p.tensor, p.outputs, p.slice, p.start) for p in matrix.parts],
         matrix.transposed,
-        _method(matrix).identity("term"),
+        sum_method(matrix).identity("term"),
         [[c.identity(n) for n in names] for c in (checkpoint_at(plan, plan.base), checkpoint)],
     )
 
 
-def _method(matrix: Matrix) -> SumMethod:
+def sum_method(matrix: Matrix) -> SumMethod:
+    """The method of a matrix that is merged from sums."""
     method = method_of(matrix.method)
     assert isinstance(method, SumMethod)
     return method

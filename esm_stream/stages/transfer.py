@@ -54,7 +54,9 @@ def bring(context: Context, block: Block, following: Block | None) -> None:
     """
     if in_place(context.device):
         return
-    buffers = _BUFFERS.setdefault(context.device, BlockBuffers(context.device))
+    if context.device not in _BUFFERS:
+        _BUFFERS[context.device] = BlockBuffers(context.device)
+    buffers = _BUFFERS[context.device]
     context.hold(buffers.take(_wanted(context.plan, block)))
     if following is not None:
         buffers.begin(_wanted(context.plan, following))

@@ -25,15 +25,15 @@ from esm_stream.calibration.passes import PassEndedError
 from esm_stream.checkpoints.header import TensorInfo
 from esm_stream.checkpoints.layout import TensorSpec, lay_out
 from esm_stream.errors import DataError
-from esm_stream.methods import method_of
-from esm_stream.methods.contract import Merged, Moment, Place, SumMethod
+from esm_stream.methods.contract import Merged, Moment, Place
 from esm_stream.planning.plan import Matrix, Task
 from esm_stream.stages.context import BASE, Context, TaskResult
 from esm_stream.stages.expert import Expert, Samples, all_finite
 from esm_stream.stages.forward import save_outputs, seen_by, visit_calls
 from esm_stream.stages.observation import base_norm
 from esm_stream.stages.stem import run_stem
-from esm_stream.stages.write import is_copied, layouts_of, output_elements
+from esm_stream.stages.sums import sum_method
+from esm_stream.stages.write import is_copied, layouts_of, output_elements, write_tensor
 from esm_stream.stopping import check
 from esm_stream.subspace.basis import frobenius_norm
 from esm_stream.write.shards import ShardWriter, reserve, seal
@@ -87,7 +87,9 @@ class MergedModel(Expert):
             raise DataError(f"{otherwise}; or lower [merge] alpha")
 
     def _tensor(self, name: str) -> Tensor:
-        """A tensor of a block, as the output will have it."""
+        """A tensor as the output will have it."""
+        if name in self._context.reader(OUTSIDE_WEIGHTS).checkpoint.tensors:
+            return self._lookup(name)
         if name not in self._values:
             self._values[name] = self._made(name)
         return self._values[name]
@@ -136,7 +138,7 @@ def _begin(context: Context, result: TaskResult) -> None:
     reserve(path.parent, layout)
     with ShardWriter(path.parent, layout) as writer:
         for name in context.task.tensors:
-            _write(context, name, targets[name], writer)
+            write_tensor(context, context.plan.tensors[name], layout, writer)
         writer.sync()
     seal(path.parent, layout)
     result.outputs.append(context.directory.record(path))
@@ -146,18 +148,6 @@ def _begin(context: Context, result: TaskResult) -> None:
         for expert in context.plan.experts:
             samples = Samples(context, expert, in_merged=True)
             result.outputs += run_stem(context, model, samples)
-
-
-def _write(context: Context, name: str, target: TensorInfo, writer: ShardWriter) -> None:
-    plan = context.plan.tensors[name]
-    if is_copied(context, plan, target):
-        whole = context.tensor(plan.source or BASE, name)
-        writer.write_bytes(name, 0, whole.reshape(-1).view(torch.uint8))
-        return
-    for first, elements in output_elements(context, plan, target):
-        check()
-        data = elements.view(torch.uint8)
-        writer.write_bytes(name, first * elements.element_size(), data)
 
 
 # One block ------------------------------------------------------------------------------------
@@ -201,8 +191,7 @@ def _affordable(matrices: Sequence[Matrix], limit: int) -> Iterator[list[Matrix]
 
 def sums_bytes(matrix: Matrix) -> int:
     """Sums of one matrix in memory."""
-    places = _method(matrix).places((matrix.outputs, matrix.inputs))
-    return sum((place.stop - place.start) * place.columns for place in places) * F64
+    return sum_method(matrix).sum_numbers((matrix.outputs, matrix.inputs)) * F64
 
 
 def _sums(
@@ -266,7 +255,7 @@ class _Sums:
     """Sums over the experts of one matrix, in memory, in the order in which they are added."""
 
     def __init__(self, matrix: Matrix) -> None:
-        self._method = _method(matrix)
+        self._method = sum_method(matrix)
         self._shape = matrix.outputs, matrix.inputs
         self._panels: dict[Place, Tensor] = {}
 
@@ -315,9 +304,3 @@ def _save_states(context: Context, model: MergedModel, result: TaskResult) -> No
         path = samples.hidden(number + 1)
         save_outputs(model, path, outputs)
         result.outputs.append(context.directory.record(path, transient=True))
-
-
-def _method(matrix: Matrix) -> SumMethod:
-    method = method_of(matrix.method)
-    assert isinstance(method, SumMethod)
-    return method

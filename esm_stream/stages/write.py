@@ -43,7 +43,7 @@ def run(context: Context) -> TaskResult:
     layout = layouts_of(context.plan)[context.task.subject]
     with ShardWriter(context.plan.output, layout) as writer:
         for name in context.task.tensors:
-            _write_tensor(context, context.plan.tensors[name], layout, writer)
+            write_tensor(context, context.plan.tensors[name], layout, writer)
         writer.sync()
         hashes = writer.hashes(context.task.tensors)
     partial = Output("output", layout.file_name + PARTIAL_SUFFIX, layout.file_size, transient=True)
@@ -60,9 +60,10 @@ def run_seal(context: Context) -> TaskResult:
     return TaskResult([Output("output", layout.file_name, layout.file_size)], {HASHES: hashes})
 
 
-def _write_tensor(
+def write_tensor(
     context: Context, plan: TensorPlan, layout: ShardLayout, writer: ShardWriter
 ) -> None:
+    """Put a tensor at its place in a reserved file, as the output has it."""
     target = layout.tensors[plan.name]
     if is_copied(context, plan, target):
         _copy(context, plan, writer)

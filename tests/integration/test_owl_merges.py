@@ -9,12 +9,11 @@ from conftest import MakeZoo, PlanOf, Run, merge_here
 from merging import merge as merge_one
 from models import Zoo, tensors_of
 from test_forward import update_of, watch
+from test_resume import Log
 from torch import Tensor
 
-from esm_stream import stopping
 from esm_stream.engine import calibrate
 from esm_stream.errors import ChangedError, DataError, StopRequestedError
-from esm_stream.events import Event
 from esm_stream.methods.contract import Moment
 from esm_stream.planning.plan import Plan
 from esm_stream.verify import verify
@@ -22,20 +21,6 @@ from esm_stream.verify import verify
 EXPERTS = 3
 WITHOUT: dict[str, Any] = {"method": "owl", "alpha": 0.7, "options": {"inputs": "none"}}
 WITH: dict[str, Any] = {"method": "owl", "alpha": 0.7}
-
-
-class Log:
-    """Keys of the tasks that ran; asks to stop after some of them."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.ran: list[str] = []
-        self._stop_after = stop_after
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "task_finished":
-            self.ran.append(event.task)
-            if len(self.ran) == self._stop_after:
-                stopping.request()
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -15,7 +15,8 @@ from models import Zoo, tensors_of
 from rich.console import Console
 from safetensors.torch import save_file
 from test_forward import batches_of, update_of, watch_batches
-from test_owl_merges import Log, files
+from test_owl_merges import files
+from test_resume import Log
 from torch import Tensor
 
 from esm_stream import stopping
